@@ -1,0 +1,29 @@
+"""Errors that peft_autoqra raises; each is also the builtin that callers would expect."""
+
+
+class AutoQRAError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class InvalidPlanError(AutoQRAError, ValueError):
+    """A bit-width, rank, module name, file or setting that no layer can be built from."""
+
+
+class PlanMismatchError(InvalidPlanError):
+    """A plan or adapter that was made for another model."""
+
+
+class MemoryBudgetError(AutoQRAError, ValueError):
+    """A memory budget that cannot be read or cannot be reached."""
+
+
+class CalibrationError(AutoQRAError, ValueError):
+    """Calibration data or statistics that are empty, not finite or do not fit the model."""
+
+
+class SearchStateError(AutoQRAError, RuntimeError):
+    """A search directory that cannot be continued, for example one that belongs to another search."""
+
+
+class MissingDependencyError(AutoQRAError, ImportError):
+    """An optional dependency that the requested feature needs is not installed."""

@@ -1,0 +1,353 @@
+"""The plan: weight bits and LoRA rank of every module, and all that is needed to rebuild them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.plan_calibration import CALIBRATION_FILE, PlanCalibration
+
+PLAN_FILE = "autoqra_plan.safetensors"
+FORMAT_VERSION = 1
+SUPPORTED_BITS = (2, 3, 4, 8, 16)
+DENSE_BITS = 16
+
+
+@dataclass(frozen=True, order=True)
+class LayerPlan:
+    """Weight bits and LoRA rank of one module; 16 bits means unquantized, rank 0 means no adapter.
+
+    Raises:
+        InvalidPlanError: bits are not one of 2, 3, 4, 8, 16 or the rank is not a non-negative integer.
+    """
+
+    bits: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        """Check both values."""
+        if self.bits not in SUPPORTED_BITS or isinstance(self.bits, bool):
+            raise InvalidPlanError(f"bits={self.bits!r} is not supported; choose one of {SUPPORTED_BITS}.")
+        if not isinstance(self.rank, int | np.integer) or isinstance(self.rank, bool) or self.rank < 0:
+            raise InvalidPlanError(f"rank={self.rank!r} must be an integer of at least 0 (0 means no adapter).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerSettings:
+    """How the weights of a plan are quantized.
+
+    Attributes:
+        backend: ``"native"`` for the group-wise 2, 3, 4 and 8-bit format, ``"bitsandbytes"`` for NF4 with double
+            quantization (4 bits only).
+        group_size: weights that share a scale; halved per module until it divides the module's input size.
+
+    Raises:
+        InvalidPlanError: unknown backend or a group size that is not a power of two of at least 8.
+    """
+
+    backend: Literal["native", "bitsandbytes"] = "native"
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Check both values."""
+        if self.backend not in ("native", "bitsandbytes"):
+            raise InvalidPlanError(f"quantizer backend {self.backend!r} is unknown; use 'native' or 'bitsandbytes'.")
+        if self.group_size < 8 or self.group_size & (self.group_size - 1):
+            raise InvalidPlanError(f"group_size={self.group_size} must be a power of two of at least 8, such as 64.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelInfo:
+    """The model a plan was made for.
+
+    Attributes:
+        name_or_path: hub id or folder, as given to ``from_pretrained``.
+        revision: commit of the hub repository, where known.
+        fingerprint: SHA-256 over names, shapes and samples of the weights (see ``fingerprint.py``).
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+class BitRankPlan(
+    Mapping[str, LayerPlan],
+    ModelHubMixin,
+    library_name="peft",
+    tags=["autoqra", "lora", "quantization"],
+):
+    """Immutable mapping from module names to :class:`LayerPlan`, equal by value.
+
+    Args:
+        layers: module name (as in ``named_modules()`` of the base model) to its bits and rank.
+        shapes: module name to weight shape ``(out_features, in_features)``; checked when the plan is applied.
+        quantizer: how weights are quantized.
+        initialization: ``"compensate"`` starts the adapters at the calibrated correction of the quantization error,
+            ``"zero"`` as plain LoRA does.
+        base_model: the model the plan was made for.
+        memory: bytes by part, as estimated when the plan was made.
+        provenance: JSON-ready record of how the plan was found.
+        calibration: what calibration found: weights of the quantizer's fit, initial adapters. Not part of equality.
+
+    Raises:
+        InvalidPlanError: no layers, or shapes for modules that the plan does not name.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerPlan],
+        *,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+        quantizer: QuantizerSettings | None = None,
+        initialization: Literal["compensate", "zero"] = "zero",
+        base_model: BaseModelInfo | None = None,
+        memory: MemoryEstimate | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        calibration: PlanCalibration | None = None,
+    ) -> None:
+        """Check and freeze."""
+        if not layers:
+            raise InvalidPlanError("A plan needs at least one module.")
+        for name, layer in layers.items():
+            if not isinstance(layer, LayerPlan):
+                raise InvalidPlanError(f"The plan of {name!r} is {layer!r}; give LayerPlan(bits=..., rank=...).")
+        unknown = sorted(set(shapes or {}) - set(layers))
+        if unknown:
+            raise InvalidPlanError(f"Shapes are given for {unknown[:3]}, which the plan does not name.")
+        if initialization not in ("compensate", "zero"):
+            raise InvalidPlanError(f"initialization={initialization!r} must be 'compensate' or 'zero'.")
+        self._layers = dict(layers)
+        self.shapes: dict[str, tuple[int, int]] = {name: (int(n), int(k)) for name, (n, k) in (shapes or {}).items()}
+        self.quantizer = quantizer or QuantizerSettings()
+        self.initialization = initialization
+        self.base_model = base_model or BaseModelInfo()
+        self.memory = memory
+        self.provenance: dict[str, Any] = dict(provenance or {})
+        self.calibration = calibration
+        self._check_ranks_fit()
+
+    def _check_ranks_fit(self) -> None:
+        for name, shape in self.shapes.items():
+            if self._layers[name].rank > min(shape):
+                raise InvalidPlanError(
+                    f"rank {self._layers[name].rank} of {name!r} is above the smaller side of its weight {shape}; "
+                    f"use at most {min(shape)}."
+                )
+
+    def __getitem__(self, module_name: str) -> LayerPlan:
+        """The layer plan of a module; an unknown name gets suggestions."""
+        try:
+            return self._layers[module_name]
+        except KeyError:
+            close = difflib.get_close_matches(module_name, self._layers, n=3)
+            hint = f" Close names: {close}." if close else ""
+            raise KeyError(f"{module_name!r} is not in the plan.{hint}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        """Module names in the order given."""
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        """Number of modules."""
+        return len(self._layers)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when layers, quantizer and initialization are: then they build the same model."""
+        if isinstance(other, BitRankPlan):
+            same_build = self.quantizer == other.quantizer and self.initialization == other.initialization
+            return same_build and self._layers == other._layers
+        if isinstance(other, Mapping):
+            return self._layers == dict(other)
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        """Hash of the layers."""
+        return hash(frozenset(self._layers.items()))
+
+    def __repr__(self) -> str:
+        """One line."""
+        return (
+            f"BitRankPlan({len(self)} modules, average_bits={self.average_bits:.2f}, "
+            f"average_rank={self.average_rank:.2f}, initialization={self.initialization!r})"
+        )
+
+    def _weighted_mean(self, values: Mapping[str, int]) -> float:
+        weights = {name: math.prod(self.shapes.get(name, (1, 1))) for name in self}
+        if len(self.shapes) < len(self):
+            weights = dict.fromkeys(self, 1)
+        return sum(values[name] * weights[name] for name in self) / sum(weights.values())
+
+    @property
+    def average_bits(self) -> float:
+        """Mean bits per weight without metadata, weighted by size where all shapes are known."""
+        return self._weighted_mean({name: layer.bits for name, layer in self._layers.items()})
+
+    @property
+    def average_rank(self) -> float:
+        """Mean rank over modules, unweighted."""
+        return sum(layer.rank for layer in self._layers.values()) / len(self)
+
+    def replace(self, **changes: Any) -> BitRankPlan:
+        """A copy with some constructor arguments changed (``layers`` among them)."""
+        arguments: dict[str, Any] = {
+            "layers": self._layers,
+            "shapes": self.shapes,
+            "quantizer": self.quantizer,
+            "initialization": self.initialization,
+            "base_model": self.base_model,
+            "memory": self.memory,
+            "provenance": self.provenance,
+            "calibration": self.calibration,
+        }
+        return BitRankPlan(**(arguments | changes))
+
+    def to_metadata(self) -> dict[str, str]:
+        """The plan as a flat mapping of strings, for the header of a safetensors file."""
+        content = {
+            "modules": list(self),
+            "bits": [layer.bits for layer in self.values()],
+            "rank": [layer.rank for layer in self.values()],
+            "shapes": self.shapes,
+            "quantizer": asdict(self.quantizer),
+            "initialization": self.initialization,
+            "base_model": asdict(self.base_model),
+            "memory": self.memory.to_dict() if self.memory else None,
+            "provenance": self.provenance,
+        }
+        return {"autoqra_format_version": str(FORMAT_VERSION), "autoqra_plan": json.dumps(content)}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str] | None, source: str) -> BitRankPlan:
+        """Read what :meth:`to_metadata` wrote.
+
+        Args:
+            metadata: header of a safetensors file.
+            source: where it came from, for messages.
+
+        Raises:
+            InvalidPlanError: no plan, a newer format or content that does not fit together.
+        """
+        metadata = metadata or {}
+        if "autoqra_plan" not in metadata:
+            raise InvalidPlanError(f"{source} holds no AutoQRA plan; was it written by BitRankPlan.save_pretrained?")
+        version = metadata.get("autoqra_format_version", "")
+        if not version.isdecimal() or int(version) > FORMAT_VERSION:
+            raise InvalidPlanError(
+                f"{source} has plan format {version!r}, this peft_autoqra reads up to {FORMAT_VERSION}: "
+                "upgrade with `pip install -U peft-autoqra`."
+            )
+        try:
+            return cls._from_content(json.loads(metadata["autoqra_plan"]))
+        except InvalidPlanError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidPlanError(f"The plan in {source} is damaged ({error!r}); save or download it again.") from error
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> BitRankPlan:
+        layers = {
+            name: LayerPlan(bits, rank)
+            for name, bits, rank in zip(content["modules"], content["bits"], content["rank"], strict=True)
+        }
+        return cls(
+            layers,
+            shapes={name: (n, k) for name, (n, k) in content["shapes"].items()},
+            quantizer=QuantizerSettings(**content["quantizer"]),
+            initialization=content["initialization"],
+            base_model=BaseModelInfo(**content["base_model"]),
+            memory=MemoryEstimate(**content["memory"]) if content["memory"] else None,
+            provenance=content["provenance"],
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write ``autoqra_plan.safetensors``, the calibration where there is one, and a model card.
+
+        The folder's other files are left alone, so a plan may lie beside a model or an adapter.
+
+        Args:
+            save_directory: made where missing.
+            repo_id: hub repository for ``push_to_hub``; the folder's name by default.
+            push_to_hub: also upload.
+            push_to_hub_kwargs: passed to :meth:`push_to_hub`.
+
+        Returns:
+            The URL of the commit when pushed, else None.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._save_pretrained(directory)
+        card = directory / "README.md"
+        if not card.exists():
+            self.generate_model_card().save(card)
+        if push_to_hub:
+            return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {
+            "bits": np.array([layer.bits for layer in self.values()], dtype=np.int32),
+            "rank": np.array([layer.rank for layer in self.values()], dtype=np.int32),
+        }
+        save_file(tensors, save_directory / PLAN_FILE, metadata=self.to_metadata())
+        if self.calibration is not None:
+            self.calibration.save(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **hub_kwargs: Any) -> BitRankPlan:
+        plan_path = _locate(PLAN_FILE, model_id, **hub_kwargs)
+        if plan_path is None:
+            raise InvalidPlanError(f"There is no {PLAN_FILE} in {model_id!r}; give the folder or repository of a plan.")
+        plan = read_plan(plan_path)
+        calibration_path = _locate(CALIBRATION_FILE, model_id, **hub_kwargs)
+        if calibration_path is None:
+            return plan
+        return plan.replace(calibration=PlanCalibration.load(calibration_path))
+
+
+def read_plan(path: Path) -> BitRankPlan:
+    """Read one plan file, without the calibration beside it.
+
+    Raises:
+        InvalidPlanError: damaged, of a newer format, or its tensors and header disagree.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            plan = BitRankPlan.from_metadata(file.metadata(), str(path))
+            bits, ranks = file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()
+    except SafetensorError as error:
+        raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
+    if bits != [layer.bits for layer in plan.values()] or ranks != [layer.rank for layer in plan.values()]:
+        raise InvalidPlanError(f"Tensors and header of {path} disagree; save or download it again.")
+    return plan
+
+
+def _locate(filename: str, model_id: str, **hub_kwargs: Any) -> Path | None:
+    """Path of a file in a folder or hub repository; None where it is not there."""
+    if Path(model_id).is_dir():
+        path = Path(model_id) / filename
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(repo_id=model_id, filename=filename, **hub_kwargs))
+    except EntryNotFoundError:
+        return None

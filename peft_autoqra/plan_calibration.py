@@ -1,0 +1,89 @@
+"""What calibration leaves in a plan: how to quantize each module again and where its adapter starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from peft_autoqra.errors import InvalidPlanError
+
+CALIBRATION_FILE = "autoqra_calibration.safetensors"
+
+_MOMENT = "input_second_moment"
+_LEFT = "correction_left"
+_RIGHT = "correction_right"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Low-rank correction of a quantization error: ``W ~ Q + left @ right``.
+
+    Attributes:
+        left: ``[out_features, rank]``, float16.
+        right: ``[rank, in_features]``, float16.
+    """
+
+    left: npt.NDArray[np.float16]
+    right: npt.NDArray[np.float16]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``left``."""
+        return int(self.left.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCalibration:
+    """Calibration results that a plan or adapter carries, so that no one needs the calibration data again.
+
+    Attributes:
+        input_second_moments: module name to ``E[x_j^2]`` of its inputs, ``[in_features]``, float32. The quantizer's
+            fit is weighted with them; the same values give the same codes.
+        corrections: module name to the initial value of its adapter; empty once an adapter is trained.
+    """
+
+    input_second_moments: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
+
+    def save(self, directory: Path) -> None:
+        """Write ``autoqra_calibration.safetensors`` into an existing directory."""
+        tensors: dict[str, npt.NDArray[np.generic]] = {
+            f"{_MOMENT}:{name}": moment for name, moment in self.input_second_moments.items()
+        }
+        for name, correction in self.corrections.items():
+            tensors[f"{_LEFT}:{name}"] = np.ascontiguousarray(correction.left)
+            tensors[f"{_RIGHT}:{name}"] = np.ascontiguousarray(correction.right)
+        save_file(tensors, directory / CALIBRATION_FILE, metadata={"format": "np"})
+
+    @classmethod
+    def load(cls, path: Path) -> PlanCalibration:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            InvalidPlanError: the file is damaged or holds something else.
+        """
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
+        by_kind: dict[str, dict[str, npt.NDArray[np.generic]]] = {_MOMENT: {}, _LEFT: {}, _RIGHT: {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(":")
+            if kind not in by_kind or not name:
+                raise InvalidPlanError(f"{path} holds the unknown tensor {key!r}; it is no AutoQRA calibration file.")
+            by_kind[kind][name] = tensor
+        if by_kind[_LEFT].keys() != by_kind[_RIGHT].keys():
+            raise InvalidPlanError(f"{path} holds one half of some corrections only; save or download it again.")
+        return cls(
+            input_second_moments=by_kind[_MOMENT],  # type: ignore[arg-type]
+            corrections={
+                name: Correction(left=left, right=by_kind[_RIGHT][name])  # type: ignore[arg-type]
+                for name, left in by_kind[_LEFT].items()
+            },
+        )

@@ -1,0 +1,71 @@
+"""What the search stages know of the world: a space, additive tables over it, and a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_autoqra.errors import MemoryBudgetError
+from peft_autoqra.search_space import Candidate, SearchSpace
+
+
+@dataclass(frozen=True, eq=False)
+class SearchProblem:
+    """A search space with its exact memory and its additive loss estimate.
+
+    Attributes:
+        space: the choices.
+        bytes_table: bytes of a group at (bits, rank), ``[num_groups, num_bits, num_ranks]``, int64; exact.
+        loss_table: estimated rise of the loss (nats per token) from a group at (bits, rank), same shape, float64;
+            an additive proxy, not the truth. Entries at ranks a group does not allow are ignored.
+        fixed_bytes: bytes that no choice changes (embeddings, norms, heads).
+        budget_bytes: limit of the total.
+
+    Raises:
+        MemoryBudgetError: even the smallest choice of every group is above the budget.
+        ValueError: a table has the wrong shape or values that are not finite.
+    """
+
+    space: SearchSpace
+    bytes_table: npt.NDArray[np.int64]
+    loss_table: npt.NDArray[np.float64]
+    fixed_bytes: int
+    budget_bytes: int
+
+    def __post_init__(self) -> None:
+        """Check shapes and that the budget can be reached."""
+        shape = (self.space.num_groups, len(self.space.bit_choices), len(self.space.rank_choices))
+        for name, table in (("bytes_table", self.bytes_table), ("loss_table", self.loss_table)):
+            if table.shape != shape:
+                raise ValueError(f"{name} has shape {table.shape}; the search space needs {shape}.")
+            if not np.isfinite(table).all():
+                raise ValueError(f"{name} holds values that are not finite.")
+        if self.smallest_bytes > self.budget_bytes:
+            raise MemoryBudgetError(
+                f"A budget of {self.budget_bytes:,} bytes cannot be reached: the smallest plan of this search space "
+                f"({self.space.bit_choices[0]} bits, rank {self.space.rank_choices[0]} everywhere) takes "
+                f"{self.smallest_bytes:,} bytes. Raise the budget or allow fewer bits or smaller ranks."
+            )
+
+    @property
+    def smallest_bytes(self) -> int:
+        """Total bytes when every group takes its smallest choice."""
+        return self.fixed_bytes + int(self.bytes_table.min(axis=(1, 2)).sum())
+
+    def _lookup(self, table: npt.NDArray[np.generic], candidate: Candidate) -> npt.NDArray[np.generic]:
+        positions = self.space.as_array(candidate)
+        return table[np.arange(self.space.num_groups), positions[:, 0], positions[:, 1]]
+
+    def total_bytes(self, candidate: Candidate) -> int:
+        """Exact bytes of a candidate, fixed part included."""
+        return self.fixed_bytes + int(self._lookup(self.bytes_table, candidate).sum())
+
+    def predicted_loss(self, candidate: Candidate) -> float:
+        """Sum of the groups' estimated loss rises, nats per token."""
+        return float(self._lookup(self.loss_table, candidate).sum())
+
+    def is_feasible(self, candidate: Candidate) -> bool:
+        """Whether the candidate is on the ladders and within the budget."""
+        return self.space.contains(candidate) and self.total_bytes(candidate) <= self.budget_bytes
