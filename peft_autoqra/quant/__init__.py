@@ -1,0 +1,1 @@
+"""Quantized weights: formats, fits, layers and their exact bytes."""

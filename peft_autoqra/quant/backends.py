@@ -1,0 +1,106 @@
+"""Ways to quantize a linear layer, behind one small interface."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.plan import DENSE_BITS, QuantizerSettings
+from peft_autoqra.quant.affine import quantize_affine
+from peft_autoqra.quant.linear import QuantLinear
+from peft_autoqra.quant.nf4 import NF4_BLOCK, NF4_CODEBOOK_BYTES, NF4_NESTED_BLOCK, NF4Linear
+from peft_autoqra.quant.packing import NATIVE_BITS
+from peft_autoqra.quant.quantized_weight import WeightFormat, fit_group_size
+
+QUANTIZED_LAYERS = (QuantLinear, NF4Linear)
+
+
+class QuantBackend(Protocol):
+    """Quantizes linear layers and knows their bytes beforehand."""
+
+    def quantize(self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str) -> nn.Module:
+        """The quantized layer; ``linear`` stays as it is."""
+        ...
+
+    def num_bytes(self, out_features: int, in_features: int, bits: int, name: str) -> tuple[int, int]:
+        """Bytes of (codes, metadata) that :meth:`quantize` will make.
+
+        Raises:
+            InvalidPlanError: the backend cannot quantize this shape to these bits.
+        """
+        ...
+
+
+class NativeBackend:
+    """The package's own 2, 3, 4 and 8-bit format.
+
+    Args:
+        group_size: weights per scale; halved per module until it divides the input size.
+    """
+
+    def __init__(self, group_size: int) -> None:
+        """Keep the wanted group size."""
+        self.group_size = group_size
+
+    def quantize(self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str) -> QuantLinear:
+        """The quantized layer."""
+        group_size = fit_group_size(self.group_size, linear.in_features, name)
+        with torch.no_grad():
+            weight = quantize_affine(
+                linear.weight, bits=bits, group_size=group_size, input_second_moment=input_second_moment
+            )
+        return QuantLinear(weight, linear.bias, linear.weight.dtype)
+
+    def num_bytes(self, out_features: int, in_features: int, bits: int, name: str) -> tuple[int, int]:
+        """Bytes of (codes, metadata)."""
+        if bits not in NATIVE_BITS:
+            raise InvalidPlanError(f"bits={bits} of {name!r} has no native format; choose one of {NATIVE_BITS} or 16.")
+        weight_format = WeightFormat(bits, fit_group_size(self.group_size, in_features, name), out_features, in_features)
+        return weight_format.weight_bytes, weight_format.metadata_bytes
+
+
+class BitsAndBytesBackend:
+    """bitsandbytes NF4 with double quantization; 4 bits only, calibration is not used."""
+
+    def quantize(self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str) -> NF4Linear:
+        """The quantized layer."""
+        del input_second_moment
+        self.num_bytes(linear.out_features, linear.in_features, bits, name)
+        return NF4Linear(linear)
+
+    def num_bytes(self, out_features: int, in_features: int, bits: int, name: str) -> tuple[int, int]:
+        """Bytes of (codes, metadata): per 64 weights one byte of scale, per 256 scales 4 bytes, codebooks."""
+        if bits != NF4Linear.bits:
+            raise InvalidPlanError(
+                f"bits={bits} of {name!r}: the bitsandbytes backend has NF4 (4 bits) only; use 4 or 16 bits, or the "
+                "native backend."
+            )
+        num_weights = out_features * in_features
+        num_blocks = -(-num_weights // NF4_BLOCK)
+        nested = 4 * -(-num_blocks // NF4_NESTED_BLOCK)
+        offset_bytes = 4
+        return -(-num_weights // 2), num_blocks + nested + offset_bytes + NF4_CODEBOOK_BYTES
+
+
+def make_backend(settings: QuantizerSettings) -> QuantBackend:
+    """The backend of a plan's quantizer settings."""
+    if settings.backend == "bitsandbytes":
+        return BitsAndBytesBackend()
+    return NativeBackend(settings.group_size)
+
+
+def dense_linear(layer: nn.Module) -> nn.Linear:
+    """An ``nn.Linear`` with the dequantized weight of a quantized layer; shares its bias."""
+    weight = layer.dequantize()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear.train(layer.training)
+
+
+def layer_bits(layer: nn.Module) -> int:
+    """Bits of a layer's weight; 16 for anything not quantized by this package."""
+    return layer.bits if isinstance(layer, QUANTIZED_LAYERS) else DENSE_BITS

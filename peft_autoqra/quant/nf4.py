@@ -1,0 +1,54 @@
+"""bitsandbytes' NF4 layer with double quantization, made safe on CPU."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+NF4_BLOCK = 64
+"""Weights per absmax scale."""
+NF4_NESTED_BLOCK = 256
+"""Scales per second-level scale."""
+NF4_CODEBOOK_BYTES = 16 * 4 + 256 * 4
+"""Codebooks of the weights and of the scales, held by every layer."""
+
+
+class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """``Linear4bit`` with NF4 and double quantization, quantized at construction.
+
+    Args:
+        linear: the layer to quantize; its bias is taken over.
+    """
+
+    bits = 4
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Quantize the weight on the device it is on."""
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        # On CPUs with AVX512-BF16 the first forward without gradient would repack the weight in place; after that the
+        # input gradient is None and the second quantization is undone (bitsandbytes 0.50.2).
+        self.support_avx512bf16_for_cpu = False
+        device = linear.weight.device
+        weight = bnb.nn.Params4bit(
+            linear.weight.detach().to("cpu" if device.type == "meta" else device, copy=True),
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            module=self,
+        )
+        self.weight = weight.to(device)
+        self.register_parameter("bias", linear.bias)
+        self.original_dtype = linear.weight.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, ``[out_features, in_features]``, in ``dtype`` or the dtype before quantization."""
+        dense = bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return dense.to(dtype or self.original_dtype)

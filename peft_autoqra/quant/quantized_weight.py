@@ -1,0 +1,120 @@
+"""The native k-bit format: packed codes and double-quantized affine groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.quant.packing import packed_num_bytes, unpack_codes
+
+SUPERBLOCK_GROUPS = 256
+SYMMETRIC_BITS = 8
+MIN_GROUP_SIZE = 8
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Static description of a quantized weight: all that is needed beside its tensors.
+
+    Attributes:
+        bits: 2, 3, 4 (affine) or 8 (symmetric).
+        group_size: weights along the input dimension that share a scale; divides ``in_features``.
+        out_features: rows of the weight, N.
+        in_features: columns of the weight, K.
+    """
+
+    bits: int
+    group_size: int
+    out_features: int
+    in_features: int
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of the whole weight, G = N K / group_size."""
+        return self.out_features * self.in_features // self.group_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed codes."""
+        return packed_num_bytes(self.out_features * self.in_features, self.bits)
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes of scales and zero points: 2 G + 8 ceil(G / 256), or 2 G for 8 bits."""
+        if self.bits == SYMMETRIC_BITS:
+            return 2 * self.num_groups
+        return 2 * self.num_groups + 8 * -(-self.num_groups // SUPERBLOCK_GROUPS)
+
+
+def fit_group_size(group_size: int, in_features: int, module_name: str) -> int:
+    """Halve a group size until it divides the module's input size.
+
+    Raises:
+        InvalidPlanError: no group of at least 8 weights divides ``in_features``.
+    """
+    while in_features % group_size:
+        group_size //= 2
+    if group_size < MIN_GROUP_SIZE:
+        raise InvalidPlanError(
+            f"{module_name!r} has {in_features} input features, which no group of at least {MIN_GROUP_SIZE} weights "
+            "divides; keep it at bits=16 or exclude it from the target modules."
+        )
+    return group_size
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight ``W ~ scale * q + offset`` per group.
+
+    Every tensor has an integer dtype, so that ``module.to(dtype)`` cannot damage it.
+
+    Attributes:
+        format: bits, group size and shape.
+        codes: packed codes q, uint8 ``[format.weight_bytes]``.
+        scale_codes: 2-4 bits: uint8 ``[2, G]``, codes of the groups' scales and offsets; 8 bits: empty.
+        scale_base: bfloat16 values kept as int16. 2-4 bits: ``[2, ceil(G / 256), 2]``, (minimum, step) of the scale
+            and offset codes of 256 groups; 8 bits: ``[G]``, the scales themselves.
+    """
+
+    format: WeightFormat
+    codes: Tensor
+    scale_codes: Tensor
+    scale_base: Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight, ``[out_features, in_features]``."""
+        return dequantize(self.format, self.codes, self.scale_codes, self.scale_base, dtype)
+
+
+def decode_scale_codes(scale_codes: Tensor, scale_base: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and offsets of the groups of a 2-4 bit weight, each float32 ``[G]``."""
+    base = scale_base.view(torch.bfloat16).float()  # [2, S, 2]
+    num_groups = scale_codes.shape[1]
+    block = torch.arange(num_groups, device=scale_codes.device) // SUPERBLOCK_GROUPS
+    minimum, step = base[:, block, 0], base[:, block, 1]
+    scale, offset = (minimum + step * scale_codes.float()).unbind(0)
+    return scale, offset
+
+
+def dequantize(
+    weight_format: WeightFormat, codes: Tensor, scale_codes: Tensor, scale_base: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Dense weight of the three tensors of a :class:`QuantizedWeight`.
+
+    The arithmetic is float32 whatever ``dtype`` is, so that the result in one dtype is the rounded result in another.
+
+    Returns:
+        ``[out_features, in_features]``.
+    """
+    num_weights = weight_format.out_features * weight_format.in_features
+    values = unpack_codes(codes, weight_format.bits, num_weights, torch.float32).view(-1, weight_format.group_size)
+    if weight_format.bits == SYMMETRIC_BITS:
+        scale = scale_base.view(torch.bfloat16).float()
+        offset = -128.0 * scale
+    else:
+        scale, offset = decode_scale_codes(scale_codes, scale_base)
+    dense = torch.addcmul(offset[:, None], values, scale[:, None])
+    return dense.to(dtype).view(weight_format.out_features, weight_format.in_features)
