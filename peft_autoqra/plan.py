@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -21,6 +21,7 @@ from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan_calibration import CALIBRATION_FILE, PlanCalibration
 
 PLAN_FILE = "autoqra_plan.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4, 8, 16)
 DENSE_BITS = 16
@@ -178,6 +179,10 @@ class BitRankPlan(
         """Hash of the layers."""
         return hash(frozenset(self._layers.items()))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BitRankPlan:
+        """Itself: it is immutable, and configurations that hold it are copied often."""
+        return self
+
     def __repr__(self) -> str:
         """One line."""
         return (
@@ -228,7 +233,11 @@ class BitRankPlan(
             "memory": self.memory.to_dict() if self.memory else None,
             "provenance": self.provenance,
         }
-        return {"autoqra_format_version": str(FORMAT_VERSION), "autoqra_plan": json.dumps(content)}
+        return {
+            "autoqra_format_version": str(FORMAT_VERSION),
+            "autoqra_plan": json.dumps(content),
+            "autoqra_calibrated": "yes" if self.calibration is not None else "no",
+        }
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, source: str) -> BitRankPlan:
@@ -314,40 +323,80 @@ class BitRankPlan(
             self.calibration.save(save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **hub_kwargs: Any) -> BitRankPlan:
-        plan_path = _locate(PLAN_FILE, model_id, **hub_kwargs)
-        if plan_path is None:
-            raise InvalidPlanError(f"There is no {PLAN_FILE} in {model_id!r}; give the folder or repository of a plan.")
-        plan = read_plan(plan_path)
-        calibration_path = _locate(CALIBRATION_FILE, model_id, **hub_kwargs)
-        if calibration_path is None:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> BitRankPlan:
+        """Read a plan from a folder or hub repository; an adapter's folder will do, its header holds the plan.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            revision: branch, tag or commit.
+            token: hub token.
+            cache_dir: where downloads are kept.
+            force_download: download again.
+            local_files_only: use the cache only.
+
+        Raises:
+            InvalidPlanError: no plan there, damaged, or of a newer format.
+        """
+        model_id = str(pretrained_model_name_or_path)
+        hub_kwargs = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        path = locate_file(PLAN_FILE, model_id, **hub_kwargs) or locate_file(ADAPTER_FILE, model_id, **hub_kwargs)
+        if path is None:
+            raise InvalidPlanError(
+                f"There is no {PLAN_FILE} in {model_id!r}; give the folder or repository of a plan or adapter."
+            )
+        metadata = read_plan_header(path)
+        plan = cls.from_metadata(metadata, str(path))
+        if path.name == PLAN_FILE:
+            _check_tensors(path, plan)
+        if metadata.get("autoqra_calibrated") != "yes":
             return plan
+        calibration_path = locate_file(CALIBRATION_FILE, model_id, **hub_kwargs)
+        if calibration_path is None:
+            raise InvalidPlanError(f"{CALIBRATION_FILE} is missing beside the plan in {model_id!r}; copy it there.")
         return plan.replace(calibration=PlanCalibration.load(calibration_path))
 
 
-def read_plan(path: Path) -> BitRankPlan:
-    """Read one plan file, without the calibration beside it.
+def read_plan_header(path: Path) -> dict[str, str]:
+    """Header of a plan or adapter file.
 
     Raises:
-        InvalidPlanError: damaged, of a newer format, or its tensors and header disagree.
+        InvalidPlanError: the file is damaged.
     """
     try:
         with safe_open(path, framework="np") as file:
-            plan = BitRankPlan.from_metadata(file.metadata(), str(path))
-            bits, ranks = file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()
+            return dict(file.metadata() or {})
     except SafetensorError as error:
         raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
+
+
+def _check_tensors(path: Path, plan: BitRankPlan) -> None:
+    with safe_open(path, framework="np") as file:
+        bits, ranks = file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()
     if bits != [layer.bits for layer in plan.values()] or ranks != [layer.rank for layer in plan.values()]:
         raise InvalidPlanError(f"Tensors and header of {path} disagree; save or download it again.")
-    return plan
 
 
-def _locate(filename: str, model_id: str, **hub_kwargs: Any) -> Path | None:
+def locate_file(filename: str, model_id: str, **hub_kwargs: Any) -> Path | None:
     """Path of a file in a folder or hub repository; None where it is not there."""
     if Path(model_id).is_dir():
         path = Path(model_id) / filename
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(repo_id=model_id, filename=filename, **hub_kwargs))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return None

@@ -51,6 +51,10 @@ class PlanCalibration:
     input_second_moments: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     corrections: Mapping[str, Correction] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> PlanCalibration:
+        """Itself: nothing changes it."""
+        return self
+
     def save(self, directory: Path) -> None:
         """Write ``autoqra_calibration.safetensors`` into an existing directory."""
         tensors: dict[str, npt.NDArray[np.generic]] = {

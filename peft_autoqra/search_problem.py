@@ -52,7 +52,13 @@ class SearchProblem:
     @property
     def smallest_bytes(self) -> int:
         """Total bytes when every group takes its smallest choice."""
-        return self.fixed_bytes + int(self.bytes_table.min(axis=(1, 2)).sum())
+        return self.total_bytes(self.smallest_candidate())
+
+    def smallest_candidate(self) -> Candidate:
+        """Every group at the allowed choice that takes the fewest bytes."""
+        allowed = self.space.allowed_choices()
+        sizes = np.where(allowed, self.bytes_table, np.iinfo(np.int64).max).reshape(self.space.num_groups, -1)
+        return self.space.from_array(np.stack(np.unravel_index(sizes.argmin(axis=1), allowed.shape[1:]), axis=1))
 
     def _lookup(self, table: npt.NDArray[np.generic], candidate: Candidate) -> npt.NDArray[np.generic]:
         positions = self.space.as_array(candidate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,21 @@ class SearchSpace:
         """How many of the rank choices the group allows (a prefix of the ladder)."""
         return sum(rank <= self.groups[group_index].max_rank for rank in self.rank_choices)
 
+    @cached_property
+    def rank_counts(self) -> npt.NDArray[np.int64]:
+        """:meth:`num_ranks` of every group, ``[num_groups]``."""
+        return np.array([self.num_ranks(index) for index in range(self.num_groups)])
+
+    @cached_property
+    def num_rungs(self) -> npt.NDArray[np.int64]:
+        """Lengths of every group's bit and rank ladder, ``[num_groups, 2]``."""
+        return np.column_stack([np.full_like(self.rank_counts, len(self.bit_choices)), self.rank_counts])
+
+    def allowed_choices(self) -> npt.NDArray[np.bool_]:
+        """Which choices each group allows, ``[num_groups, num_bits, num_ranks]``."""
+        fits = np.arange(len(self.rank_choices))[None, None, :] < self.rank_counts[:, None, None]
+        return np.broadcast_to(fits, (self.num_groups, len(self.bit_choices), len(self.rank_choices)))
+
     def contains(self, candidate: Candidate) -> bool:
         """Whether every position is on its ladder."""
         return len(candidate) == self.num_groups and all(
@@ -133,3 +149,7 @@ class SearchSpace:
     def as_array(self, candidate: Candidate) -> npt.NDArray[np.int64]:
         """Ladder positions, ``[num_groups, 2]`` (bits, rank)."""
         return np.asarray(candidate, dtype=np.int64)
+
+    def from_array(self, positions: npt.NDArray[np.integer]) -> Candidate:
+        """The candidate at ladder positions ``[num_groups, 2]``; undoes :meth:`as_array`."""
+        return tuple(map(tuple, positions.tolist()))

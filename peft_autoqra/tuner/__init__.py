@@ -1,0 +1,1 @@
+"""The PEFT method: mixed-bit base weights with LoRA adapters of mixed ranks."""

@@ -1,0 +1,161 @@
+"""Configuration of the PEFT method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.plan import ADAPTER_FILE, FORMAT_VERSION, BitRankPlan, LayerPlan, QuantizerSettings
+from peft_autoqra.plan_calibration import PlanCalibration
+
+COMPENSATE = "compensate"
+_REFUSED_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva", "mica")
+
+
+def _lora_metadata(field_name: str) -> Mapping[str, Any]:
+    return LoraConfig.__dataclass_fields__[field_name].metadata
+
+
+@dataclass
+class AutoQRAConfig(LoraConfig):
+    """LoRA on a base whose linear layers are quantized module by module.
+
+    Saved to disk it is an ordinary LoRA configuration with a few keys more, so PEFT without this package still reads
+    the adapter as plain LoRA.
+
+    Args:
+        plan: bits and rank of every module: a :class:`~peft_autoqra.BitRankPlan`, or a folder or hub id of one. It
+            decides ``target_modules``, ``r``, ``rank_pattern``, ``bits_pattern`` and the quantizer; giving any of them
+            beside it is an error.
+        bits: bits of the targeted modules without a plan: 2, 3, 4, 8 or 16 (unquantized).
+        bits_pattern: module name or regular expression to bits, matched as ``rank_pattern`` is; takes precedence over
+            ``bits``. A module that matches but is not targeted is quantized without an adapter.
+        group_size: weights that share a scale; halved per module until it divides the input size.
+        quant_backend: ``"native"``, or ``"bitsandbytes"`` for NF4 with double quantization (4 bits only).
+        init_lora_weights: None takes the plan's initialization; ``"compensate"`` starts the adapter at the calibrated
+            correction of the quantization error (needs a calibrated plan); ``True`` starts at zero as plain LoRA does.
+        use_rslora: None means True: scaling ``lora_alpha / sqrt(r)``, so that one learning rate fits every rank.
+        target_modules: without a plan ``"all-linear"`` by default.
+        base_fingerprint: hash of the base weights the configuration was made for; filled in when it is applied.
+        calibrated: whether the base was quantized with calibration, which then lies beside the adapter; filled in.
+        autoqra_version: version of the format on disk; not to be set by hand.
+
+    All other arguments are :class:`peft.LoraConfig`'s.
+
+    Raises:
+        InvalidPlanError: an unsupported bit-width, an initialization that rewrites the base weights, or arguments
+            that contradict the plan.
+    """
+
+    # PEFT reads the metadata of these two fields, so a new default must keep it.
+    init_lora_weights: Any = field(default=None, metadata=_lora_metadata("init_lora_weights"))
+    use_rslora: bool | None = field(default=None, metadata=_lora_metadata("use_rslora"))
+    plan: Any = None
+    bits: int = 4
+    bits_pattern: dict[str, int] = field(default_factory=dict)
+    group_size: int = 64
+    quant_backend: str = "native"
+    base_fingerprint: str | None = None
+    calibrated: bool = False
+    autoqra_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Apply the plan, check, and let LoraConfig do its part."""
+        if isinstance(self.plan, str | Path):
+            self.plan = BitRankPlan.from_pretrained(self.plan)
+        self.calibration: PlanCalibration | None = None
+        if self.plan is not None:
+            self._apply_plan(self.plan)
+        elif self.target_modules is None:
+            self.target_modules = "all-linear"
+        self.quantizer = QuantizerSettings(backend=self.quant_backend, group_size=self.group_size)
+        self._check_values()
+        if self.init_lora_weights is None:
+            self.init_lora_weights = True
+        if self.use_rslora is None:
+            self.use_rslora = True
+        super().__post_init__()
+
+    def _apply_plan(self, plan: BitRankPlan) -> None:
+        given = [name for name in ("target_modules", "rank_pattern", "bits_pattern") if getattr(self, name)]
+        if given:
+            raise InvalidPlanError(f"The plan already decides {given}; leave them out, or give no plan.")
+        ranks = {name: layer.rank for name, layer in plan.items() if layer.rank}
+        if not ranks:
+            raise InvalidPlanError("Every rank of the plan is 0: there is nothing to train. Give some module a rank.")
+        self.target_modules = list(ranks)
+        self.r = max(ranks.values())
+        self.rank_pattern = {exact_pattern(name): rank for name, rank in ranks.items() if rank != self.r}
+        self.bits_pattern = {exact_pattern(name): layer.bits for name, layer in plan.items()}
+        self.quant_backend, self.group_size = plan.quantizer.backend, plan.quantizer.group_size
+        self.base_fingerprint = plan.base_model.fingerprint
+        self.calibration = plan.calibration
+        self.calibrated = self.calibration is not None and bool(self.calibration.input_second_moments)
+        if self.init_lora_weights is None and plan.initialization == COMPENSATE:
+            self.init_lora_weights = COMPENSATE
+
+    def _check_values(self) -> None:
+        for bits in (self.bits, *self.bits_pattern.values()):
+            LayerPlan(bits, 0)
+        for pattern in self.bits_pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InvalidPlanError(f"bits_pattern key {pattern!r} is no regular expression: {error}.") from error
+        init = str(self.init_lora_weights).lower()
+        if init.startswith(_REFUSED_INITS):
+            raise InvalidPlanError(
+                f"init_lora_weights={self.init_lora_weights!r} rewrites or needs the 16-bit base weights, which "
+                "AutoQRA quantizes; use 'compensate' (calibrated correction) or True (zero)."
+            )
+        if init == COMPENSATE and (self.calibration is None or not self.calibration.corrections):
+            raise InvalidPlanError(
+                "init_lora_weights='compensate' needs a plan with calibration; search one, calibrate it with "
+                "peft_autoqra.calibrate_plan(...), or use init_lora_weights=True."
+            )
+        if self.layer_replication:
+            raise InvalidPlanError("layer_replication is not supported with AutoQRA; replicate the layers beforehand.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready content. The plan is left out: the patterns say the same."""
+        plan, self.plan = self.plan, None
+        try:
+            content = super().to_dict()
+        finally:
+            self.plan = plan
+        del content["plan"]
+        if content["init_lora_weights"] == COMPENSATE:
+            content["init_lora_weights"] = True  # plain PEFT refuses names that it does not know
+        return content
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, the calibration that a reload needs, and the plan into the adapter's header."""
+        super().save_pretrained(save_directory, **kwargs)
+        directory = Path(save_directory)
+        if self.calibration is not None and self.calibrated:
+            PlanCalibration(input_second_moments=self.calibration.input_second_moments).save(directory)
+        adapter = directory / ADAPTER_FILE
+        if self.plan is not None and adapter.exists():
+            _add_header(adapter, self.plan.to_metadata())
+
+
+def exact_pattern(module_name: str) -> str:
+    """A pattern that matches this module and no other; PEFT takes the first match, so patterns must not overlap."""
+    return f"^{re.escape(module_name)}"
+
+
+def _add_header(path: Path, metadata: dict[str, str]) -> None:
+    """Rewrite a safetensors file with more metadata; atomic."""
+    with safe_open(path, framework="pt") as file:
+        merged = {**(file.metadata() or {}), **metadata}
+    partial = path.with_suffix(".partial")
+    save_file(load_file(path), partial, metadata=merged)
+    partial.replace(path)

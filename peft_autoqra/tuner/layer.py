@@ -1,0 +1,51 @@
+"""LoRA over a quantized linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
+
+
+class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
+    """``y = x Q^T + b + scaling * (x A^T) B^T`` with Q quantized.
+
+    Merging puts a dense layer, the dequantized weight plus the adapter, in the place of the quantized one and keeps
+    the latter aside. So merging loses nothing to a second quantization, and unmerging restores the codes exactly.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        """As PEFT's ``lora.Linear``."""
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self._unmerged_layer: list[nn.Module] = []  # in a list, so that it is no submodule while merged
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into a dense copy of the base weight."""
+        if isinstance(self.base_layer, QUANTIZED_LAYERS):
+            self._unmerged_layer = [self.base_layer]
+            self.base_layer = dense_linear(self.base_layer)
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        finally:
+            if not self.merged:
+                self._restore()
+
+    def unmerge(self) -> None:
+        """Put the quantized layer back; exact."""
+        if not self._unmerged_layer:
+            super().unmerge()
+            return
+        self.merged_adapters.clear()
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._unmerged_layer:
+            device = self.base_layer.weight.device
+            self.base_layer = self._unmerged_layer.pop().to(device)
+
+    def __repr__(self) -> str:
+        """PEFT's convention: ``lora.`` and the class."""
+        return super().__repr__().replace("lora.", "autoqra.", 1)

@@ -1,0 +1,90 @@
+"""The tuner: LoraModel on a base that is quantized module by module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
+from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
+from peft_autoqra.tuner.layer import QuantLoRALinear
+from peft_autoqra.tuner.preparation import quantize_base, replace_layer
+
+
+class QuantLoRAModel(LoraModel):  # type: ignore[misc]
+    """LoRA with mixed weight bits and ranks.
+
+    It takes the place of :class:`peft.LoraModel` for the LORA type and behaves like it for every configuration that is
+    not an :class:`AutoQRAConfig`, except that it can put adapters on layers that this package quantized.
+
+    Args:
+        model: the base model; its layers are quantized in place.
+        config: an :class:`AutoQRAConfig` or any ``LoraConfig``.
+        adapter_name: name of the first adapter.
+
+    Raises:
+        InvalidPlanError: the configuration does not fit the model; the model is unchanged then.
+    """
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if isinstance(peft_config, AutoQRAConfig):
+            peft_config.plan = quantize_base(model, peft_config)
+            peft_config.base_fingerprint = peft_config.plan.base_model.fingerprint
+
+    def _create_and_replace(
+        self, lora_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, **kwargs: Any
+    ) -> None:
+        compensate = isinstance(lora_config, AutoQRAConfig) and lora_config.init_lora_weights == COMPENSATE
+        if compensate:
+            plain = copy.copy(lora_config)
+            plain.init_lora_weights = True
+            super()._create_and_replace(plain, adapter_name, target, target_name, parent, **kwargs)
+            layer = getattr(parent, target_name)
+            _start_at_correction(layer, adapter_name, lora_config, kwargs["current_key"])
+        else:
+            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(target, QUANTIZED_LAYERS):
+            return QuantLoRALinear(target, adapter_name, config=lora_config, **kwargs)
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        """After merging, layers without an adapter are dequantized too, so that the model reloads anywhere."""
+        if not merge:
+            for module in self.model.modules():
+                if isinstance(module, QuantLoRALinear) and module.merged:
+                    module.unmerge()
+        unloaded = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        if merge:
+            quantized = [(name, module) for name, module in unloaded.named_modules() if _is_quantized(module)]
+            for name, module in quantized:
+                replace_layer(unloaded, name, dense_linear(module))
+        return unloaded
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, QUANTIZED_LAYERS)
+
+
+def _start_at_correction(layer: nn.Module, adapter_name: str, config: AutoQRAConfig, module_name: str) -> None:
+    """Set ``scaling * B @ A`` to the calibrated correction, where the base layer is quantized."""
+    if not (isinstance(layer, LoraLayer) and _is_quantized(layer.get_base_layer())):
+        return
+    if config.calibration is None:
+        return
+    correction = config.calibration.corrections[module_name]
+    weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    if weight_a.device.type == "meta":  # low_cpu_mem_usage: saved weights follow
+        return
+    rank = weight_a.shape[0]
+    with torch.no_grad():
+        weight_a.copy_(torch.from_numpy(correction.right[:rank]))
+        weight_b.copy_(torch.from_numpy(correction.left[:, :rank]).float() / layer.scaling[adapter_name])
