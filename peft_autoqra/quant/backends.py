@@ -93,11 +93,12 @@ def make_backend(settings: QuantizerSettings) -> QuantBackend:
 
 
 def dense_linear(layer: nn.Module) -> nn.Linear:
-    """An ``nn.Linear`` with the dequantized weight of a quantized layer; shares its bias."""
+    """An ``nn.Linear`` with the dequantized weight of a quantized layer and a copy of its bias."""
     weight = layer.dequantize()
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.register_parameter("bias", layer.bias)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return linear.train(layer.training)
 
 

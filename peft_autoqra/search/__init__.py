@@ -1,0 +1,1 @@
+"""Search stages over a SearchProblem, ask/tell, knowing nothing of models."""

@@ -1,0 +1,41 @@
+"""Which linear layers of a model a plan may decide on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from peft_autoqra.errors import InvalidPlanError
+
+
+def linear_targets(model: nn.Module, target_modules: str | Iterable[str] = "all-linear") -> dict[str, nn.Linear]:
+    """Module name to unquantized linear layer, by PEFT's own matching.
+
+    Args:
+        model: the base model.
+        target_modules: as in ``LoraConfig``: ``"all-linear"`` (without the output layer), a regular expression, or
+            names and suffixes.
+
+    Raises:
+        InvalidPlanError: nothing matches, or a match is not a plain ``nn.Linear``.
+    """
+    wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = _maybe_include_all_linear_layers(LoraConfig(target_modules=wanted), model)
+    targets: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        found = check_target_module_exists(config, name)
+        if not found or isinstance(found, _ExcludedModule):
+            continue
+        if type(module) is not nn.Linear:
+            raise InvalidPlanError(
+                f"{name!r} is a {type(module).__name__}; only plain nn.Linear layers can be planned. Narrow "
+                "target_modules, or load the model without quantization or adapters."
+            )
+        targets[name] = module
+    if not targets:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise InvalidPlanError(f"target_modules={target_modules!r} matches no linear layer; there are {names[-4:]}.")
+    return targets
