@@ -1,8 +1,56 @@
-"""Choose weight bits and LoRA rank of every layer together; fine-tune with PEFT."""
+"""Choose weight bits and LoRA rank of every layer together; fine-tune with PEFT.
 
-from peft_autoqra.plan import BitRankPlan, LayerPlan
+Importing this package registers the method with PEFT; do it before an adapter is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from peft_autoqra.memory import MemoryModel
+from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
+from peft_autoqra.search_config import AutoQRASearchConfig
+from peft_autoqra.search_space import SearchSpace
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel
 from peft_autoqra.tuner.registration import register
+from peft_autoqra.uniform_plan import uniform_plan
+
+if TYPE_CHECKING:
+    from peft_autoqra.importance.calibrated_plan import calibrate_plan
+    from peft_autoqra.search_result import SearchResult
+    from peft_autoqra.searcher import AutoQRASearcher
+
+__all__ = [
+    "AutoQRAConfig",
+    "AutoQRASearchConfig",
+    "AutoQRASearcher",
+    "BaseModelInfo",
+    "BitRankPlan",
+    "LayerPlan",
+    "MemoryEstimate",
+    "MemoryModel",
+    "QuantLoRAModel",
+    "QuantizerSettings",
+    "SearchResult",
+    "SearchSpace",
+    "calibrate_plan",
+    "uniform_plan",
+]
+
+# Imported at first use: who only loads an adapter needs neither TRL nor BoTorch.
+_LAZY = {
+    "AutoQRASearcher": "peft_autoqra.searcher",
+    "SearchResult": "peft_autoqra.search_result",
+    "calibrate_plan": "peft_autoqra.importance.calibrated_plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavier names when they are asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
 
 register()

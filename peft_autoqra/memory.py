@@ -75,7 +75,11 @@ class MemoryModel:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, *, target_modules: str | Iterable[str] = "all-linear", optimizer: Optimizer = "adamw_torch"
+        cls,
+        model: nn.Module,
+        *,
+        target_modules: str | Iterable[str] = "all-linear",
+        optimizer: Optimizer = "adamw_torch",
     ) -> MemoryModel:
         """Read the shapes of an unquantized model.
 
@@ -116,7 +120,9 @@ class MemoryModel:
             quantizer = plan.quantizer if isinstance(plan, BitRankPlan) else QuantizerSettings()
         unknown = [name for name in plan if name not in self.modules]
         if unknown:
-            raise PlanMismatchError(f"The plan names {unknown[:3]}, which are no targeted linear layers of this model.")
+            raise PlanMismatchError(
+                f"The plan names {unknown[:3]}, which are no targeted linear layers of this model."
+            )
         backend = make_backend(quantizer)
         weight = metadata = parameters = tensors = 0
         for name, shape in self.modules.items():
@@ -175,9 +181,7 @@ class MemoryBudget:
     scope: MemoryScope
 
 
-def resolve_budget(
-    budget: int | str, memory_model: MemoryModel, scope: MemoryScope | None = None
-) -> MemoryBudget:
+def resolve_budget(budget: int | str, memory_model: MemoryModel, scope: MemoryScope | None = None) -> MemoryBudget:
     """Turn a budget as users write it into bytes.
 
     Args:
@@ -207,7 +211,9 @@ def resolve_budget(
                 f"memory_budget={budget!r} counts what is stored; leave scope out, or give training memory in bytes."
             )
         scope = "stored"
-        limit = memory_model.untouched_bytes + math.floor(_positive(bits.group(1), budget) * memory_model.num_weights / 8)
+        limit = memory_model.untouched_bytes + math.floor(
+            _positive(bits.group(1), budget) * memory_model.num_weights / 8
+        )
     elif number := re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?b)?", text):
         scope = scope or "training"
         limit = math.floor(_positive(number.group(1), budget) * _UNITS[number.group(2) or "b"])

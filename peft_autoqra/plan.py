@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -197,6 +198,13 @@ class BitRankPlan(
         return sum(values[name] * weights[name] for name in self) / sum(weights.values())
 
     @property
+    def digest(self) -> str:
+        """Hash of all that equality compares, the same in every process."""
+        content: list[Any] = [sorted((name, layer.bits, layer.rank) for name, layer in self.items())]
+        content += [asdict(self.quantizer), self.initialization]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+    @property
     def average_bits(self) -> float:
         """Mean bits per weight without metadata, weighted by size where all shapes are known."""
         return self._weighted_mean({name: layer.bits for name, layer in self._layers.items()})
@@ -264,7 +272,9 @@ class BitRankPlan(
         except InvalidPlanError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidPlanError(f"The plan in {source} is damaged ({error!r}); save or download it again.") from error
+            raise InvalidPlanError(
+                f"The plan in {source} is damaged ({error!r}); save or download it again."
+            ) from error
 
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> BitRankPlan:

@@ -22,10 +22,6 @@ class SearchProblem:
             an additive proxy, not the truth. Entries at ranks a group does not allow are ignored.
         fixed_bytes: bytes that no choice changes (embeddings, norms, heads).
         budget_bytes: limit of the total.
-
-    Raises:
-        MemoryBudgetError: even the smallest choice of every group is above the budget.
-        ValueError: a table has the wrong shape or values that are not finite.
     """
 
     space: SearchSpace
@@ -35,7 +31,12 @@ class SearchProblem:
     budget_bytes: int
 
     def __post_init__(self) -> None:
-        """Check shapes and that the budget can be reached."""
+        """Check shapes and that the budget can be reached.
+
+        Raises:
+            MemoryBudgetError: even the smallest choice of every group is above the budget.
+            ValueError: a table has the wrong shape or values that are not finite.
+        """
         shape = (self.space.num_groups, len(self.space.bit_choices), len(self.space.rank_choices))
         for name, table in (("bytes_table", self.bytes_table), ("loss_table", self.loss_table)):
             if table.shape != shape:

@@ -39,9 +39,6 @@ class SearchSpace:
         groups: at least one, no module twice.
         bit_choices: ascending, unique.
         rank_choices: ascending, unique.
-
-    Raises:
-        InvalidPlanError: empty or unsorted choices, a module in two groups, or a group that no rank choice fits.
     """
 
     groups: tuple[ModuleGroup, ...]
@@ -49,7 +46,11 @@ class SearchSpace:
     rank_choices: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Check once; every method relies on it."""
+        """Check once; every method relies on it.
+
+        Raises:
+            InvalidPlanError: empty or unsorted choices, a module in two groups, or a group that no rank choice fits.
+        """
         for name, choices in (("bit_choices", self.bit_choices), ("rank_choices", self.rank_choices)):
             if not choices or list(choices) != sorted(set(choices)):
                 raise InvalidPlanError(f"{name}={choices} must be ascending, without repeats and not empty.")
@@ -123,7 +124,9 @@ class SearchSpace:
                 raise InvalidPlanError(f"The modules of group {group.name!r} need one common bits and rank.")
             value = values.pop()
             if value.bits not in self.bit_choices or value.rank not in self.rank_choices:
-                raise InvalidPlanError(f"{value} of group {group.name!r} is not among the choices of the search space.")
+                raise InvalidPlanError(
+                    f"{value} of group {group.name!r} is not among the choices of the search space."
+                )
             choices.append((self.bit_choices.index(value.bits), self.rank_choices.index(value.rank)))
         return tuple(choices)
 

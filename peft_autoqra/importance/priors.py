@@ -50,12 +50,12 @@ class ImportancePriors:
 
 
 def _bit_rises(problem: SearchProblem) -> npt.NDArray[np.float64]:
-    return problem.loss_table[:, 0, 0] - problem.loss_table[:, -1, 0]
+    return np.asarray(problem.loss_table[:, 0, 0] - problem.loss_table[:, -1, 0])
 
 
 def _rank_gains(problem: SearchProblem) -> npt.NDArray[np.float64]:
     largest = np.array([problem.space.num_ranks(index) - 1 for index in range(problem.space.num_groups)])
-    return problem.loss_table[:, 0, 0] - problem.loss_table[np.arange(len(largest)), 0, largest]
+    return np.asarray(problem.loss_table[:, 0, 0] - problem.loss_table[np.arange(len(largest)), 0, largest])
 
 
 def _scale(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

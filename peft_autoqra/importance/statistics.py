@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,12 +26,13 @@ _HEADER = "autoqra_calibration_statistics"
 class ModuleStatistics:
     """Second moments of one linear module ``y = W x`` over the calibration positions.
 
-    Write g for the gradient of the summed token losses with respect to y at one position. Replacing W by W + dW
-    moves the loss, in nats per predicted token, by about ``1/2 sum over positions (g^T dW x)^2 / num_predictions``:
-    the first-order term is dropped because the model is near a minimum, and the Hessian is the empirical Fisher
-    matrix (Amari 1998), whose terms between positions are dropped. With g taken as independent of x and its
-    components as uncorrelated (the K-FAC factorization, Martens & Grosse 2015, with a diagonal output factor), that
-    is ``1/2 sum_i output_gradient_second_moment[i] * (dW input_gram dW^T)[i, i]``.
+    Write g for the gradient, with respect to y at one position, of the summed losses of tokens drawn from the model's
+    own predictions. Replacing W by W + dW moves the loss, in nats per predicted token, by about
+    ``1/2 sum over positions (g^T dW x)^2 / num_predictions``: to second order that is the divergence of the new
+    predictions from the old, with the Fisher matrix as Hessian (Amari 1998) and its terms between positions and
+    modules dropped. With g taken as independent of x and its components as uncorrelated (K-FAC, Martens & Grosse
+    2015, with a diagonal output factor) it is
+    ``1/2 sum_i output_gradient_second_moment[i] * (dW input_gram dW^T)[i, i]``.
 
     Attributes:
         input_gram: ``E[x x^T]``, mean over positions, ``[in_features, in_features]``, float32. One tensor object
@@ -132,9 +134,9 @@ class CalibrationStatistics(Mapping[str, ModuleStatistics]):
         return cls(modules, fingerprint=content["fingerprint"])
 
 
-def _read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[str, object]:
+def _read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[str, Any]:
     try:
-        content = json.loads((metadata or {})[_HEADER])
+        content: dict[str, Any] = json.loads((metadata or {})[_HEADER])
     except (KeyError, ValueError) as error:
         raise CalibrationError(f"{path} holds no calibration statistics; calibrate again.") from error
     if content.get("version") != FORMAT_VERSION:

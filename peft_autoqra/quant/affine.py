@@ -60,7 +60,7 @@ def _checked_format(weight: Tensor, bits: int, group_size: int) -> WeightFormat:
 
 
 def _checked_moment(moment: Tensor | None, weight: Tensor) -> Tensor | None:
-    """Positive float32 weights of the fit, ``[in_features]``."""
+    """Positive float32 weights of the fit with mean 1, ``[in_features]``."""
     if moment is None:
         return None
     if moment.shape != (weight.shape[1],):
@@ -68,8 +68,9 @@ def _checked_moment(moment: Tensor | None, weight: Tensor) -> Tensor | None:
     moment = moment.to(device=weight.device, dtype=torch.float32)
     if not torch.isfinite(moment).all() or (moment < 0).any():
         raise CalibrationError("input_second_moment must be finite and not negative.")
+    mean = moment.double().mean().clamp_min(torch.finfo(torch.float32).tiny)
     # Inputs that calibration never saw still get a vote, or their weights would be arbitrary.
-    return moment + moment.double().mean().float().clamp_min(1e-30) * 1e-4
+    return (moment / mean + 1e-4).float()
 
 
 def _in_row_chunks(groups: Tensor, moment: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
@@ -93,15 +94,15 @@ def _fit_weighted(groups: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, Te
     """Best weighted fit from several starting ranges; scale and offset, each ``[rows, K/g]``."""
     low, high = groups.amin(-1), groups.amax(-1)
     moment_sum = moment.double().sum(-1)
-    best_error = torch.full_like(low, torch.inf, dtype=torch.float64)
+    best_gain = torch.full_like(low, -torch.inf, dtype=torch.float64)
     best_scale, best_offset = torch.zeros_like(low), torch.zeros_like(low)
     for fraction in _RANGE_FRACTIONS[bits]:
         scale, offset = (high - low) * (fraction / (2**bits - 1)), low * fraction
         for _ in range(_REFITS):
             codes = _round_codes(groups, scale, offset, bits)
-            scale, offset, error = _least_squares(groups, codes, moment, moment_sum)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
+            scale, offset, gain = _least_squares(groups, codes, moment, moment_sum)
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
             best_scale = torch.where(better, scale, best_scale)
             best_offset = torch.where(better, offset, best_offset)
     return best_scale, best_offset
@@ -110,7 +111,10 @@ def _fit_weighted(groups: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, Te
 def _least_squares(
     groups: Tensor, codes: Tensor, moment: Tensor, moment_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted regression of the weights on their codes, per group: slope, intercept, residual error (float64)."""
+    """Weighted regression of the weights on their codes, per group: slope, intercept, explained error (float64).
+
+    The error left is the weighted variance of the group, the same for all codes, minus what the codes explain.
+    """
     weighted_codes, weighted_groups = codes * moment, groups * moment
     mean_code = weighted_codes.sum(-1, dtype=torch.float64) / moment_sum
     mean_value = weighted_groups.sum(-1, dtype=torch.float64) / moment_sum
@@ -119,10 +123,8 @@ def _least_squares(
     weighted_code = centred_code * moment
     variance = (weighted_code * centred_code).sum(-1, dtype=torch.float64)
     covariance = (weighted_code * centred_value).sum(-1, dtype=torch.float64)
-    energy = (centred_value * centred_value * moment).sum(-1, dtype=torch.float64)
     slope = torch.where(variance > 0, covariance / variance.clamp_min(1e-300), 0.0)
-    error = energy - slope * covariance
-    return slope.float(), (mean_value - slope * mean_code).float(), error
+    return slope.float(), (mean_value - slope * mean_code).float(), slope * covariance
 
 
 def _round_codes(groups: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:

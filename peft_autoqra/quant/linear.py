@@ -36,7 +36,7 @@ class _QuantizedLinear(torch.autograd.Function):
             weight = dequantize(ctx.weight_format, *ctx.saved_tensors, output_gradient.dtype)
             input_gradient = output_gradient @ weight
         if ctx.needs_input_grad[1]:
-            bias_gradient = output_gradient.flatten(0, -2).sum(0)
+            bias_gradient = output_gradient.reshape(-1, output_gradient.shape[-1]).sum(0)
         return input_gradient, bias_gradient, None, None, None, None
 
 
@@ -49,7 +49,8 @@ class QuantLinear(nn.Module):
     Args:
         weight: the quantized weight.
         bias: kept as it is; may be trained.
-        compute_dtype: dtype that :meth:`dequantize` returns by default: that of the weight before.
+        compute_dtype: dtype that :meth:`dequantize` returns by default: that of the weight before, until
+            ``module.to(dtype)`` changes it.
 
     Shape:
         input ``[..., in_features]`` -> output ``[..., out_features]``, in the dtype of the input (or of autocast).
@@ -95,6 +96,12 @@ class QuantLinear(nn.Module):
             x, bias, self.W_q, self.scale_codes, self.scale_base, self.weight_format
         )
         return output
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Let the compute dtype follow ``module.to(dtype)``, of which the integer tensors show nothing."""
+        super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
 
     def extra_repr(self) -> str:
         """Sizes and format."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,12 @@ class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
         self.weight = weight.to(device)
         self.register_parameter("bias", linear.bias)
         self.original_dtype = linear.weight.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
+        """Let the dtype of the dense weight follow ``module.to(dtype)``."""
+        super()._apply(fn, recurse)
+        self.original_dtype = fn(torch.empty(0, dtype=self.original_dtype)).dtype
+        return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, ``[out_features, in_features]``, in ``dtype`` or the dtype before quantization."""

@@ -39,7 +39,6 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return as_bytes[: packed_num_bytes(flat.numel(), bits)].clone()
 
 
-@lru_cache(maxsize=64)
 def _code_table(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """All codes that one table index holds, ``[2**index_bits, codes_per_index]``.
 
@@ -47,10 +46,13 @@ def _code_table(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """
     index_bits = 12 if bits == 3 else 8
     # Built outside inference mode: a table that a generate() call happened to build must also serve training.
-    with torch.inference_mode(mode=False):
+    with torch.inference_mode(False):
         shifts = torch.arange(index_bits // bits, device=device) * bits
         indices = torch.arange(2**index_bits, device=device)
         return ((indices[:, None] >> shifts) & (2**bits - 1)).to(dtype)
+
+
+_cached_code_table = lru_cache(maxsize=64)(_code_table)
 
 
 def unpack_codes(packed: Tensor, bits: int, num_codes: int, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -74,5 +76,7 @@ def unpack_codes(packed: Tensor, bits: int, num_codes: int, dtype: torch.dtype =
         indices = torch.stack((low, high), dim=1).reshape(-1)
     else:
         indices = packed.to(torch.int32)
-    table = _code_table(bits, packed.device, dtype)
+    # torch.compile warns of lru_cache, and makes the table a constant of its graph anyhow.
+    make_table = _code_table if torch.compiler.is_compiling() else _cached_code_table
+    table = make_table(bits, packed.device, dtype)
     return table.index_select(0, indices).reshape(-1)[:num_codes]

@@ -35,9 +35,6 @@ class EvolutionSettings:
         hypervolume_tolerance: relative growth below which the front counts as stalled.
         hypervolume_patience: generations over which that growth is taken.
         seed: of the stage's own generator.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     population_size: int = 40
@@ -52,7 +49,11 @@ class EvolutionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
         for name in ("population_size", "num_generations", "hypervolume_patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -66,7 +67,7 @@ class EvolutionSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
 
 
-class _LossAndBytes(Fitness):
+class _LossAndBytes(Fitness):  # type: ignore[misc]
     weights = (-1.0, -1.0)
 
 
@@ -74,7 +75,7 @@ class _Individual:
     """What DEAP selects: a point with a ``fitness``, which DEAP also writes the crowding distance to."""
 
     def __init__(self, point: ParetoPoint) -> None:
-        self.point = point
+        self.point: ParetoPoint = point
         self.fitness = _LossAndBytes((point.loss, float(point.total_bytes)))
 
 
@@ -202,7 +203,7 @@ class EvolutionStage:
         """Binary tournament by domination, then crowding distance (Deb et al. 2002)."""
         if not self._population:
             return self._seeds[self._rng.integers(len(self._seeds))]
-        one, two = (self._population[i] for i in self._rng.integers(len(self._population), size=2))
+        one, two = (self._population[i] for i in self._rng.integers(len(self._population), size=2).tolist())
         if one.fitness.dominates(two.fitness):
             return one.point.candidate
         if two.fitness.dominates(one.fitness) or two.fitness.crowding_dist > one.fitness.crowding_dist:

@@ -38,17 +38,21 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             peft_config.base_fingerprint = peft_config.plan.base_model.fingerprint
 
     def _create_and_replace(
-        self, lora_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, **kwargs: Any
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        **kwargs: Any,
     ) -> None:
         compensate = isinstance(lora_config, AutoQRAConfig) and lora_config.init_lora_weights == COMPENSATE
+        config = copy.copy(lora_config)
         if compensate:
-            plain = copy.copy(lora_config)
-            plain.init_lora_weights = True
-            super()._create_and_replace(plain, adapter_name, target, target_name, parent, **kwargs)
-            layer = getattr(parent, target_name)
-            _start_at_correction(layer, adapter_name, lora_config, kwargs["current_key"])
-        else:
-            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
+            config.init_lora_weights = True
+        super()._create_and_replace(config, adapter_name, target, target_name, parent, **kwargs)
+        if compensate:
+            start_at_correction(getattr(parent, target_name), adapter_name, lora_config, kwargs["current_key"])
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -74,15 +78,18 @@ def _is_quantized(module: nn.Module) -> bool:
     return isinstance(module, QUANTIZED_LAYERS)
 
 
-def _start_at_correction(layer: nn.Module, adapter_name: str, config: AutoQRAConfig, module_name: str) -> None:
-    """Set ``scaling * B @ A`` to the calibrated correction, where the base layer is quantized."""
-    if not (isinstance(layer, LoraLayer) and _is_quantized(layer.get_base_layer())):
-        return
-    if config.calibration is None:
-        return
-    correction = config.calibration.corrections[module_name]
+def start_at_correction(layer: LoraLayer, adapter_name: str, config: AutoQRAConfig, module_name: str) -> None:
+    """Set ``scaling * B @ A`` of one adapter layer to the calibrated correction; layers without one stay as they are.
+
+    Args:
+        layer: the adapter layer.
+        adapter_name: which of its adapters.
+        config: holds the calibration.
+        module_name: as the plan names it.
+    """
+    correction = config.calibration.corrections.get(module_name) if config.calibration else None
     weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if weight_a.device.type == "meta":  # low_cpu_mem_usage: saved weights follow
+    if correction is None or weight_a.device.type == "meta":  # meta: low_cpu_mem_usage, the saved weights follow
         return
     rank = weight_a.shape[0]
     with torch.no_grad():

@@ -205,7 +205,9 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 def _resolved_plan(targets: list[_Target], config: AutoQRAConfig, fingerprint: str | None) -> BitRankPlan:
     if config.plan is not None:
         info = config.plan.base_model
-        return config.plan.replace(base_model=BaseModelInfo(name_or_path=info.name_or_path, revision=info.revision, fingerprint=fingerprint))
+        return config.plan.replace(
+            base_model=BaseModelInfo(name_or_path=info.name_or_path, revision=info.revision, fingerprint=fingerprint)
+        )
     return BitRankPlan(
         {target.name: target.wanted for target in targets},
         shapes={target.name: target.shape for target in targets if hasattr(target.layer, "in_features")},

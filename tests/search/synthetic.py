@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,8 +78,6 @@ class InteractingTruth:
 
 def brute_force(problem, objective):
     """Best feasible candidate and its objective, by enumeration."""
-    import itertools
-
     space = problem.space
     choices = [
         list(itertools.product(range(len(space.bit_choices)), range(space.num_ranks(g))))

@@ -1,0 +1,58 @@
+"""Held-out loss of a causal language model, sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Loss on held-out sequences, nats per token.
+
+    Attributes:
+        mean: over all predicted tokens.
+        sequence_losses: mean over the tokens of each sequence, in order.
+    """
+
+    mean: float
+    sequence_losses: tuple[float, ...]
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> HeldOutLoss:
+    """Score batches in evaluation mode; the model's mode is restored.
+
+    Args:
+        model: causal language model; gets every entry of a batch but the labels.
+        batches: ``input_ids`` and ``labels`` ``[batch, seq]`` (-100 is not predicted), optional ``attention_mask``.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    sums: list[float] = []
+    counts: list[int] = []
+    try:
+        for batch in batches:
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            losses, predicted = _token_losses(model(**inputs).logits, batch["labels"].to(device))
+            sums += losses.sum(1).tolist()
+            counts += predicted.sum(1).tolist()
+    finally:
+        model.train(was_training)
+    sequence_losses = tuple(total / max(count, 1) for total, count in zip(sums, counts, strict=True))
+    return HeldOutLoss(sum(sums) / max(sum(counts), 1), sequence_losses)
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of the predicted tokens (0 elsewhere) and which were predicted, each ``[batch, seq - 1]``."""
+    targets = labels[:, 1:]
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    return losses.view(targets.shape), targets != IGNORED_LABEL

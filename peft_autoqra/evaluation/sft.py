@@ -1,0 +1,169 @@
+"""Trials by TRL: tokenization once, then short SFTTrainer runs on the resident model."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from peft_autoqra.errors import CalibrationError
+from peft_autoqra.evaluation.held_out import HeldOutLoss, held_out_loss
+from peft_autoqra.evaluation.resident_model import ResidentModel
+from peft_autoqra.importance.calibration_bank import CalibrationBank
+from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.trial import Fidelity, TrialResult, TrialStatus
+from peft_autoqra.tuner.config import AutoQRAConfig
+from peft_autoqra.tuner.dense_adapter import add_dense_adapter
+
+
+class SFTData:
+    """Training and held-out data as the fine-tune will see them: tokenized, masked and collated by SFTTrainer.
+
+    Args:
+        model: decides what the trainer does with the data; not trained.
+        args: the recipe of the fine-tune.
+        train_dataset: in any format that SFTTrainer takes.
+        eval_dataset: likewise.
+        processing_class: the tokenizer.
+
+    Raises:
+        CalibrationError: a data set is empty, before or after preparation.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase | None,
+    ) -> None:
+        """Tokenize both data sets."""
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if len(dataset) == 0:
+                raise CalibrationError(f"{name} is empty; give at least one example.")
+        quiet = quiet_arguments(args, tempfile.gettempdir())
+        quiet.dataset_kwargs = args.dataset_kwargs
+        trainer = SFTTrainer(
+            model=model,
+            args=quiet,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+        )
+        self.train: Dataset = trainer.train_dataset
+        self.held_out: Dataset = trainer.eval_dataset
+        self.processing_class = trainer.processing_class
+        self._collate = trainer.data_collator
+        self._batch_size = args.per_device_eval_batch_size
+        if len(self.train) == 0 or len(self.held_out) == 0:
+            raise CalibrationError("No example is left after tokenization; check the columns and max_length.")
+
+    def batches(self, dataset: Dataset, num_sequences: int) -> list[Mapping[str, Tensor]]:
+        """The first sequences of a prepared data set, collated in order."""
+        first = dataset.select(range(min(num_sequences, len(dataset))))
+        return list(DataLoader(first, batch_size=self._batch_size, collate_fn=self._collate))
+
+
+class SFTEvaluator:
+    """Evaluates plans on one resident model; an :class:`~peft_autoqra.trial.Evaluator`.
+
+    At 0 steps a plan's untrained loss is taken, with its initial adapters. Above, SFTTrainer trains the adapters for
+    that many steps with the recipe's settings and the fidelity's seed, so that all plans see the same batches in the
+    same order.
+
+    Args:
+        resident: the model.
+        data: prepared data.
+        bank: calibration for the initial adapters.
+        args: the recipe of the fine-tune.
+        lora_alpha: scaling of the adapters is ``lora_alpha / sqrt(rank)``.
+    """
+
+    def __init__(
+        self, resident: ResidentModel, data: SFTData, bank: CalibrationBank, args: SFTConfig, lora_alpha: int
+    ) -> None:
+        """Nothing is evaluated yet."""
+        self._resident, self._data, self._bank, self._args = resident, data, bank, args
+        self._lora_alpha = lora_alpha
+        self._held_out_batches: dict[int, list[Mapping[str, Tensor]]] = {}
+
+    def evaluate(self, plan: BitRankPlan, fidelity: Fidelity) -> TrialResult:
+        """Evaluate one plan; whatever goes wrong becomes a failed result."""
+        start = time.perf_counter()
+        try:
+            loss = self._untrained(plan, fidelity) if fidelity.num_steps == 0 else self._trained(plan, fidelity)
+            if not math.isfinite(loss.mean):
+                raise ArithmeticError(f"the held-out loss is {loss.mean}")  # noqa: TRY301
+        except Exception as error:  # noqa: BLE001
+            message = f"{type(error).__name__}: {error}"
+            return TrialResult(status=TrialStatus.FAILED, seconds=time.perf_counter() - start, error=message)
+        return TrialResult(
+            status=TrialStatus.COMPLETED,
+            seconds=time.perf_counter() - start,
+            loss=loss.mean,
+            sequence_losses=loss.sequence_losses,
+        )
+
+    def _untrained(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
+        self._resident.load(plan, with_corrections=True)
+        return self._held_out_loss(self._resident.model, fidelity)
+
+    def _trained(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
+        self._resident.load(plan, with_corrections=False)
+        calibrated = plan
+        if plan.initialization == "compensate":
+            calibrated = plan.replace(calibration=self._bank.for_layers(plan))
+        config = AutoQRAConfig(plan=calibrated, lora_alpha=self._lora_alpha, task_type="CAUSAL_LM")
+        torch.manual_seed(fidelity.seed)
+        peft_model = add_dense_adapter(self._resident.model, config)
+        try:
+            with tempfile.TemporaryDirectory() as directory:
+                self._train(peft_model, fidelity, directory)
+            return self._held_out_loss(peft_model, fidelity)
+        finally:
+            peft_model.unload()
+
+    def _train(self, model: nn.Module, fidelity: Fidelity, directory: str) -> None:
+        args = quiet_arguments(self._args, directory)
+        args.max_steps = fidelity.num_steps
+        args.seed = args.data_seed = fidelity.seed
+        trainer = SFTTrainer(
+            model=model, args=args, train_dataset=self._data.train, processing_class=self._data.processing_class
+        )
+        trainer.remove_callback(_progress_callback(trainer))
+        trainer.train()
+
+    def _held_out_loss(self, model: nn.Module, fidelity: Fidelity) -> HeldOutLoss:
+        num = fidelity.num_eval_sequences
+        if num not in self._held_out_batches:
+            self._held_out_batches[num] = self._data.batches(self._data.held_out, num)
+        return held_out_loss(model, self._held_out_batches[num])
+
+
+def quiet_arguments(args: SFTConfig, output_dir: str) -> SFTConfig:
+    """The recipe for a run that saves, evaluates, logs and reports nothing, on data that is prepared already."""
+    quiet = copy.copy(args)
+    quiet.output_dir = output_dir
+    quiet.save_strategy = quiet.eval_strategy = quiet.logging_strategy = "no"
+    quiet.load_best_model_at_end = quiet.push_to_hub = False
+    quiet.report_to = []
+    quiet.disable_tqdm = True
+    quiet.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    return quiet
+
+
+def _progress_callback(trainer: SFTTrainer) -> Any:
+    """The callback that prints the last line of a run, where there is one."""
+    names = ("PrinterCallback", "ProgressCallback")
+    return next((c for c in trainer.callback_handler.callbacks if type(c).__name__ in names), type(None))

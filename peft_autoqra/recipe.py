@@ -1,0 +1,114 @@
+"""What a recipe file and the command line may say beside TRL's SFTConfig and the search's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft_autoqra.errors import AutoQRAError
+
+
+class RecipeError(AutoQRAError, ValueError):
+    """A recipe, flag, model or data file that cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """The base model; names as in TRL's ``ModelConfig``.
+
+    Attributes:
+        model_name_or_path: hub id or folder.
+        model_revision: branch, tag or commit.
+        dtype: of the unquantized weights; ``"auto"`` is the checkpoint's.
+        attn_implementation: as in ``from_pretrained``.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of the base model."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base model."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Of the unquantized weights; auto is the checkpoint's.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Such as sdpa or flash_attention_2."})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """Training and held-out data; names as in TRL's ``ScriptArguments`` and transformers' run_clm.py.
+
+    Attributes:
+        dataset_name: hub id or folder.
+        dataset_config: its configuration.
+        dataset_train_split: a split or slice of one, such as ``"train[:1000]"``.
+        dataset_test_split: likewise.
+        train_file: a local file in place of ``dataset_name``.
+        eval_file: likewise.
+        test_split_size: fraction of the training data to hold out where there is no held-out data.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder of a data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, e.g. train[:1000]."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    train_file: str | None = field(default=None, metadata={"help": "Local .json(l), .csv, .parquet or .txt file."})
+    eval_file: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Fraction of the training data to hold out in place of other held-out data."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        if self.dataset_name and self.train_file:
+            raise RecipeError("Give dataset_name or train_file, not both.")
+        if self.eval_file and not self.train_file:
+            raise RecipeError("eval_file needs a train_file beside it.")
+        if self.test_split_size is not None and not 0 < self.test_split_size < 1:
+            raise RecipeError(f"test_split_size={self.test_split_size} must be a fraction between 0 and 1.")
+        if self.test_split_size is not None and self.eval_file:
+            raise RecipeError("Give eval_file or test_split_size, not both.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterArguments:
+    """What a fine-tune does to the model: a plan's bits and ranks, or the same everywhere.
+
+    Attributes:
+        plan: folder or hub id of a plan.
+        bits: of all layers without a plan; 4 by default.
+        r: rank of all adapters without a plan; 16 by default.
+        quant_backend: without a plan: ``"native"`` (default), or ``"bitsandbytes"`` for NF4.
+        group_size: weights that share a scale, without a plan.
+        target_modules: without a plan; None means all linear layers but the head.
+        lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank)``; None takes the plan's, else 8.
+        lora_dropout: as in ``LoraConfig``.
+        num_calibration_sequences: training sequences that a native uniform configuration is calibrated on; 0 skips it.
+    """
+
+    plan: str | None = field(default=None, metadata={"help": "Folder or hub id of a plan."})
+    bits: int | None = field(default=None, metadata={"help": "Without a plan: 2, 3, 4, 8 or 16; 4 where left out."})
+    r: int | None = field(default=None, metadata={"help": "Without a plan: the rank; 16 where left out."})
+    quant_backend: str | None = field(
+        default=None,
+        metadata={"help": "Without a plan: native, or bitsandbytes (NF4).", "choices": ["native", "bitsandbytes"]},
+    )
+    group_size: int = field(default=64, metadata={"help": "Without a plan: weights that share a scale."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Without a plan: modules; all linear by default."}
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scaling is lora_alpha / sqrt(rank); the plan's or 8 where left out."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' input."})
+    num_calibration_sequences: int = field(
+        default=64, metadata={"help": "Without a plan: training sequences for calibration; 0 skips it."}
+    )
+
+    def __post_init__(self) -> None:
+        """A plan decides alone."""
+        given = [name for name in ("bits", "r", "quant_backend") if getattr(self, name) is not None]
+        if self.plan is not None and given:
+            raise RecipeError(f"The plan already decides {', '.join(given)}; leave them out, or give no plan.")
+        if self.num_calibration_sequences < 0:
+            raise RecipeError(f"num_calibration_sequences={self.num_calibration_sequences} must be at least 0.")

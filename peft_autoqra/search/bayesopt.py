@@ -1,0 +1,253 @@
+"""Stage 2: Bayesian optimization around the incumbent, in a trust region, by discrete local search."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_autoqra.importance.allocation import allocate
+from peft_autoqra.importance.priors import ImportancePriors
+from peft_autoqra.importance.repair import fill
+from peft_autoqra.search.embedding import OrdinalEmbedding
+from peft_autoqra.search.neighborhood import Positions, Region, keys, local_search
+from peft_autoqra.search.operators import coupled_mutation, guided_mutation
+from peft_autoqra.search.proxy_gp import ProxyGP
+from peft_autoqra.search.trust_region import TrustRegionState, update_state
+from peft_autoqra.search_problem import SearchProblem
+from peft_autoqra.search_space import Candidate
+
+logger = logging.getLogger(__name__)
+
+MIN_OBSERVATIONS = 5  # with fewer there is no spread to learn from, and candidates are mutants of the incumbent
+NUM_MUTANTS = 24
+NUM_STARTS = 3
+
+
+class Observation(NamedTuple):
+    """One evaluated candidate; a plain tuple will do.
+
+    Attributes:
+        candidate: ladder positions.
+        loss: nats per token; None or NaN for a failed trial.
+        standard_error: of the loss, nats per token; None where unknown.
+    """
+
+    candidate: Candidate
+    loss: float | None
+    standard_error: float | None = None
+
+
+ObservationLike = Observation | tuple[Candidate, float | None, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRegionSettings:
+    """How the trust region is searched.
+
+    Attributes:
+        num_trials: candidates asked for at most.
+        improvement_tolerance: stop when no candidate's expected improvement is above it, nats (AutoQRA, Eq. 13).
+        initial_length: most atomic edits between a candidate and the incumbent, at the start.
+        max_length: most that it may grow to.
+        success_tolerance: successful batches in a row after which the region doubles.
+        failure_tolerance: failed batches in a row after which it halves; it collapses below one edit.
+        seed: of the stage's own generator.
+    """
+
+    num_trials: int = 24
+    improvement_tolerance: float = 1e-4
+    initial_length: int = 16
+    max_length: int = 128
+    success_tolerance: int = 2
+    failure_tolerance: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges; the trust region's own are checked by its state.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        if self.num_trials < 0 or self.improvement_tolerance < 0:
+            raise ValueError(
+                f"num_trials={self.num_trials} and improvement_tolerance={self.improvement_tolerance} must not be "
+                "negative."
+            )
+        self.initial_state()
+
+    def initial_state(self) -> TrustRegionState:
+        """The trust region before the first trial."""
+        return TrustRegionState(
+            length=self.initial_length,
+            max_length=self.max_length,
+            success_tolerance=self.success_tolerance,
+            failure_tolerance=self.failure_tolerance,
+        )
+
+
+class TrustRegionStage:
+    """Ask for candidates, tell their losses, until ``is_done``.
+
+    The loss is modelled as ``a + b * predicted + GP(embedding)`` with the additive proxy as prior mean, so the GP
+    spends its few observations on what the proxy gets wrong. Log expected improvement is maximized over feasible
+    candidates of the region that were never asked for, a batch one by one under the belief that those before it give
+    their expected loss. Equal arguments and equal tells give equal asks.
+
+    Args:
+        problem: space, tables and budget.
+        settings: see :class:`TrustRegionSettings`.
+        observations: what is known already; they count as no trials. Infeasible ones teach the model only.
+    """
+
+    def __init__(
+        self, problem: SearchProblem, settings: TrustRegionSettings, observations: Sequence[ObservationLike] = ()
+    ) -> None:
+        """Take over what is known; nothing is fitted yet."""
+        self.problem, self.settings = problem, settings
+        self.state = settings.initial_state()
+        self.num_asked = 0
+        self._importance = ImportancePriors.from_marginal_losses(problem)
+        self._embedding = OrdinalEmbedding(problem, self._importance)
+        self._rng = np.random.default_rng(settings.seed)
+        self._observations: dict[Candidate, Observation] = {}
+        self._pending: list[Candidate] = []
+        self._batch_losses: list[float] = []
+        self._is_converged = False
+        self._record([Observation(*known) for known in observations])
+
+    @property
+    def incumbent(self) -> Candidate | None:
+        """The feasible candidate with the least observed loss; None before any."""
+        feasible = [known for known in self._usable() if self.problem.is_feasible(known.candidate)]
+        return min(feasible, key=_loss).candidate if feasible else None
+
+    @property
+    def is_done(self) -> bool:
+        """Trials used up, nothing promising enough left, or the region collapsed; ``ask`` then gives nothing."""
+        return self.num_asked >= self.settings.num_trials or self._is_converged or self.state.restart_triggered
+
+    def ask(self, num: int = 1) -> list[Candidate]:
+        """Up to ``num`` feasible candidates, none asked for or told before; fewer or none when the stage is done.
+
+        May be called again before the last ones were told.
+        """
+        num = min(num, self.settings.num_trials - self.num_asked)
+        if num < 1 or self.is_done:
+            return []
+        batch = self._propose_by_model(num) if self._has_enough() else self._propose_by_mutation(num)
+        self._pending += batch
+        self.num_asked += len(batch)
+        self._is_converged = not batch
+        return batch
+
+    def tell(self, results: Sequence[ObservationLike]) -> None:
+        """Record results; a failed one (loss None or NaN) is never asked for again and teaches nothing.
+
+        The trust region moves on when all that was asked for has been told. Candidates evaluated elsewhere may be
+        told too.
+
+        Raises:
+            ValueError: a candidate is off the ladders, or a standard error is negative.
+        """
+        told = {known.candidate: known for known in (Observation(*result) for result in results)}
+        self._batch_losses += [_loss(told[candidate]) for candidate in self._pending if candidate in told]
+        self._pending = [candidate for candidate in self._pending if candidate not in told]
+        if not self._pending:
+            self.state = update_state(self.state, self._batch_losses, self.settings.improvement_tolerance)
+            self._batch_losses = []
+        self._record(list(told.values()))
+
+    def _record(self, results: Sequence[Observation]) -> None:
+        for known in results:
+            if not self.problem.space.contains(known.candidate):
+                raise ValueError(f"A candidate that was told is not on the ladders: {known.candidate[:4]}...")
+            if known.standard_error is not None and known.standard_error < 0:
+                raise ValueError(f"standard_error={known.standard_error} must not be negative.")
+            self._observations[known.candidate] = known
+            if self.problem.is_feasible(known.candidate) and not self._pending:
+                self.state = replace(self.state, best_loss=min(self.state.best_loss, _loss(known)))
+
+    def _usable(self) -> list[Observation]:
+        return [known for known in self._observations.values() if math.isfinite(_loss(known))]
+
+    def _has_enough(self) -> bool:
+        return len(self._usable()) >= MIN_OBSERVATIONS and self.incumbent is not None
+
+    def _centre(self) -> Candidate:
+        """The incumbent; before any, the exact allocation on the proxy."""
+        return self.incumbent or allocate(self.problem)
+
+    def _region(self, batch: Sequence[Candidate]) -> Region:
+        taken = [*self._observations, *self._pending, *batch]
+        return Region(
+            self.problem,
+            self.problem.space.as_array(self._centre()),
+            self.state.length,
+            frozenset(keys(np.asarray(taken, dtype=np.int64))) if taken else frozenset(),
+        )
+
+    def _mutants(self, region: Region) -> Positions:
+        """Candidates some mutations away from the centre, filled up to the budget; the centre first."""
+        centre = self._centre()
+        mutants = [centre]
+        for index in range(NUM_MUTANTS):
+            mutate = (coupled_mutation, guided_mutation)[index % 2]
+            mutant = mutate(self.problem, self._importance, mutants[index // 2], self._rng)
+            mutants.append(fill(self.problem, mutant, self._importance, self._rng))
+        positions = np.asarray(mutants, dtype=np.int64)
+        return positions[region.is_near(positions)]
+
+    def _propose_by_mutation(self, num: int) -> list[Candidate]:
+        """The mutants that the proxy likes best, for want of observations; the exact allocation before all."""
+        region = self._region([])
+        positions = self._mutants(region)
+        positions = np.unique(positions[region.contains(positions)], axis=0)
+        order = np.argsort(self._embedding.predicted_losses(positions), kind="stable")
+        return [self.problem.space.from_array(position) for position in positions[order[:num]]]
+
+    def _propose_by_model(self, num: int) -> list[Candidate]:
+        """Greedy batch of maximizers of the log expected improvement; ends early where there is none to speak of."""
+        model = self._fit_model()
+        batch: list[Candidate] = []
+        while len(batch) < num:
+            found, value = self._maximize(model, self._region(batch))
+            if value < math.log(max(self.settings.improvement_tolerance, 1e-300)):
+                logger.info("Largest expected improvement %.1e nats: nothing further to try.", math.exp(value))
+                break
+            batch.append(self.problem.space.from_array(found))
+            model.believe(found[None])
+        return batch
+
+    def _fit_model(self) -> ProxyGP:
+        usable = self._usable()
+        errors = [math.nan if known.standard_error is None else known.standard_error for known in usable]
+        positions = np.asarray([known.candidate for known in usable], dtype=np.int64)
+        losses = np.asarray([_loss(known) for known in usable])
+        model = ProxyGP(self._embedding, positions, losses, np.asarray(errors))
+        if self._pending:
+            model.believe(np.asarray(self._pending, dtype=np.int64))
+        return model
+
+    def _maximize(self, model: ProxyGP, region: Region) -> tuple[npt.NDArray[np.int64], float]:
+        """The best candidate of the region and its log expected improvement, log nats."""
+        feasible = [known.candidate for known in self._usable() if self.problem.is_feasible(known.candidate)]
+        best_loss = float(model.posterior(np.asarray(feasible, dtype=np.int64))[0].min())
+
+        def score(positions: Positions) -> npt.NDArray[np.float64]:
+            return model.log_expected_improvement(positions, best_loss)
+
+        mutants = self._mutants(region)
+        promising = np.argsort(-score(mutants[1:]), kind="stable")[: NUM_STARTS - 1] + 1
+        found = [local_search(region, mutants[start], score) for start in (0, *promising)]
+        return max(found, key=lambda pair: pair[1])
+
+
+def _loss(known: Observation) -> float:
+    """Observed loss, infinite where the trial failed."""
+    return known.loss if known.loss is not None and math.isfinite(known.loss) else math.inf

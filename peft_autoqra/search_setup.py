@@ -1,0 +1,171 @@
+"""From a model, data and settings to a search problem with an evaluator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from peft_autoqra.evaluation.resident_model import ResidentModel
+from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
+from peft_autoqra.fingerprint import fingerprint_weights
+from peft_autoqra.granularity import build_search_space
+from peft_autoqra.importance.calibration_bank import CalibrationBank, bank_settings, build_calibration_bank
+from peft_autoqra.importance.error_table import ErrorTableSettings
+from peft_autoqra.memory import MemoryBudget, MemoryModel, resolve_budget
+from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
+from peft_autoqra.search_config import AutoQRASearchConfig
+from peft_autoqra.search_problem import SearchProblem
+from peft_autoqra.search_space import Candidate, SearchSpace
+from peft_autoqra.target_modules import linear_targets
+
+RECIPE_KEYS = (
+    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_grad_norm", "optim", "max_length", "packing", "bf16", "fp16", "completion_only_loss",
+)  # fmt: skip
+"""Settings of the fine-tune that change what a trial gives."""
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """What the user gives."""
+
+    model: PreTrainedModel
+    args: SFTConfig
+    train_dataset: Dataset
+    eval_dataset: Dataset
+    processing_class: PreTrainedTokenizerBase | None
+    config: AutoQRASearchConfig
+
+
+class SearchSetup:
+    """Checks everything that is cheap to check, then prepares data; calibrates when first asked to.
+
+    Args:
+        inputs: model, data and settings.
+
+    Raises:
+        InvalidPlanError: choices, modules or optimizer that cannot be planned.
+        MemoryBudgetError: a budget that cannot be read or reached.
+        CalibrationError: empty data.
+    """
+
+    def __init__(self, inputs: SearchInputs) -> None:
+        """Check the budget before the data is touched."""
+        config = inputs.config
+        self.config, self.args = config, inputs.args
+        targets = config.target_modules or "all-linear"
+        self.model = inputs.model
+        self.linears: dict[str, nn.Linear] = linear_targets(inputs.model, targets)
+        self.memory_model = MemoryModel.from_model(
+            inputs.model, target_modules=targets, optimizer=str(getattr(inputs.args.optim, "value", inputs.args.optim))
+        )
+        self.space: SearchSpace = build_search_space(
+            self.memory_model.modules, config.granularity, config.bit_choices, config.rank_choices
+        )
+        self.quantizer = QuantizerSettings(group_size=config.group_size)
+        self.budget: MemoryBudget = resolve_budget(config.memory_budget, self.memory_model, config.scope)
+        self._bytes_table = self.memory_model.bytes_table(self.space, self.quantizer, self.budget.scope)
+        self.problem_with(self.zero_table())  # raises when the budget cannot be reached
+        self.data = SFTData(
+            inputs.model, inputs.args, inputs.train_dataset, inputs.eval_dataset, inputs.processing_class
+        )
+        self.calibration_batches = self.data.batches(self.data.train, config.num_calibration_sequences)
+        self.bank_settings: ErrorTableSettings = bank_settings(
+            inputs.model,
+            self.calibration_batches,
+            list(self.linears),
+            self.quantizer,
+            self.space.bit_choices,
+            self.space.rank_choices[-1],
+        )
+        self.base_model = BaseModelInfo(
+            name_or_path=inputs.model.config.name_or_path or None,
+            revision=getattr(inputs.model.config, "_commit_hash", None),
+            fingerprint=fingerprint_weights((name, layer.weight) for name, layer in self.linears.items()),
+        )
+
+    def zero_table(self) -> npt.NDArray[np.float64]:
+        """A loss table that knows nothing yet."""
+        return np.zeros(self._bytes_table.shape)
+
+    def problem_with(self, loss_table: npt.NDArray[np.float64]) -> SearchProblem:
+        """The search problem with a loss table, ``[num_groups, num_bits, num_ranks]``."""
+        return SearchProblem(
+            self.space, self._bytes_table, loss_table, self.memory_model.untouched_bytes, self.budget.limit_bytes
+        )
+
+    def calibration_bank(self, cache_dir: Path, *, show_progress: bool) -> CalibrationBank:
+        """The model's calibration: from the cache where it fits, else measured and kept there."""
+        directory = cache_dir / self.bank_settings.fingerprint
+        bank = CalibrationBank.load(directory, self.bank_settings)
+        if bank is None:
+            bank = build_calibration_bank(
+                self.model,
+                self.calibration_batches,
+                list(self.linears),
+                self.quantizer,
+                self.bank_settings,
+                show_progress=show_progress,
+            )
+            directory.mkdir(parents=True, exist_ok=True)
+            bank.save(directory)
+        return bank
+
+    def evaluator(self, bank: CalibrationBank) -> SFTEvaluator:
+        """Evaluates plans on the model, whose weights it overwrites."""
+        self.resident = ResidentModel(self.model, self.linears, bank)
+        return SFTEvaluator(self.resident, self.data, bank, self.args, self.config.lora_alpha)
+
+    def searched_plan(self, candidate: Candidate) -> BitRankPlan:
+        """The calibrated native plan of a candidate."""
+        return self.plan(self.space.decode(candidate), self.quantizer, compensate=True)
+
+    def plan(self, layers: Mapping[str, LayerPlan], quantizer: QuantizerSettings, *, compensate: bool) -> BitRankPlan:
+        """A plan of this model, with shapes, memory and base model filled in."""
+        return BitRankPlan(
+            layers,
+            shapes={n: (s.out_features, s.in_features) for n, s in self.memory_model.modules.items()},
+            quantizer=quantizer,
+            initialization="compensate" if compensate else "zero",
+            base_model=self.base_model,
+            memory=self.memory_model.estimate(layers, quantizer),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two searches the same; a log of another one is refused."""
+        held_out = hashlib.sha256()
+        for batch in self.data.batches(self.data.held_out, self.config.num_eval_sequences):
+            held_out.update(batch["input_ids"].numpy().tobytes())
+        settings = {k: v for k, v in asdict(self.config).items() if k not in ("output_dir", "cache_dir", "resume")}
+        recipe = {key: str(getattr(self.args, key, None)) for key in RECIPE_KEYS}
+        return {
+            **settings,
+            **recipe,
+            "budget_bytes": self.budget.limit_bytes,
+            "model": self.base_model.fingerprint,
+            "calibration": self.bank_settings.fingerprint,
+            "train_examples": len(self.data.train),
+            "held_out": held_out.hexdigest()[:32],
+        }
+
+
+def load_model(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
+    """The model itself, or the one of a hub id or folder, in the dtype of its checkpoint."""
+    if not isinstance(model, str):
+        return model
+    return AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+
+
+def load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model."""
+    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config.name_or_path)

@@ -1,0 +1,57 @@
+"""Choosing a backend, and what each refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.plan import QuantizerSettings
+from peft_autoqra.quant.backends import BitsAndBytesBackend, NativeBackend, layer_bits, make_backend
+from peft_autoqra.quant.linear import QuantLinear
+from peft_autoqra.quant.nf4 import NF4Linear
+from peft_autoqra.quant.packing import NATIVE_BITS
+
+
+def test_settings_choose_the_backend() -> None:
+    native = make_backend(QuantizerSettings(group_size=32))
+    assert isinstance(native, NativeBackend)
+    assert native.group_size == 32
+    assert isinstance(make_backend(QuantizerSettings(backend="bitsandbytes")), BitsAndBytesBackend)
+
+
+@pytest.mark.parametrize("bits", NATIVE_BITS)
+@pytest.mark.parametrize("shape", [(5, 24), (64, 576), (300, 8)])
+def test_native_bytes_are_those_of_the_layer(bits: int, shape: tuple[int, int]) -> None:
+    backend = NativeBackend(128)
+    layer = backend.quantize(nn.Linear(shape[1], shape[0]), bits, torch.ones(shape[1]), "layer")
+    assert isinstance(layer, QuantLinear)
+    assert layer_bits(layer) == bits
+    metadata = layer.scale_codes.nbytes + layer.scale_base.nbytes
+    assert backend.num_bytes(*shape, bits, "layer") == (layer.W_q.nbytes, metadata)
+
+
+@pytest.mark.parametrize("bits", [1, 5, 16])
+def test_native_refuses_other_bits_by_name(bits: int) -> None:
+    with pytest.raises(InvalidPlanError, match=rf"bits={bits} of 'q_proj'"):
+        NativeBackend(64).num_bytes(64, 64, bits, "q_proj")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_bitsandbytes_has_4_bits_only(bits: int) -> None:
+    message = rf"bits={bits} of 'q_proj'.*4 bits"
+    with pytest.raises(InvalidPlanError, match=message):
+        BitsAndBytesBackend().num_bytes(64, 64, bits, "q_proj")
+    with pytest.raises(InvalidPlanError, match=message):
+        BitsAndBytesBackend().quantize(nn.Linear(64, 64), bits, None, "q_proj")
+
+
+def test_bits_of_layers() -> None:
+    dense = nn.Linear(64, 64)
+    assert layer_bits(dense) == 16
+    assert layer_bits(NF4Linear(dense)) == 4
+    assert layer_bits(NativeBackend(64).quantize(dense, 3, None, "layer")) == 3
+
+
+def test_an_input_size_without_groups_is_refused_before_anything_is_computed() -> None:
+    with pytest.raises(InvalidPlanError, match="'odd' has 20 input features"):
+        NativeBackend(64).quantize(nn.Linear(20, 4), 4, None, "odd")
