@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -26,6 +26,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4, 8, 16)
 DENSE_BITS = 16
+
+_CHECKSUM = "autoqra_checksum"
 
 
 @dataclass(frozen=True, order=True)
@@ -40,11 +42,17 @@ class LayerPlan:
     rank: int
 
     def __post_init__(self) -> None:
-        """Check both values."""
-        if self.bits not in SUPPORTED_BITS or isinstance(self.bits, bool):
+        """Check both values, and make plain integers of NumPy's, which JSON does not know."""
+        if not _is_integer(self.bits) or self.bits not in SUPPORTED_BITS:
             raise InvalidPlanError(f"bits={self.bits!r} is not supported; choose one of {SUPPORTED_BITS}.")
-        if not isinstance(self.rank, int | np.integer) or isinstance(self.rank, bool) or self.rank < 0:
+        if not _is_integer(self.rank) or self.rank < 0:
             raise InvalidPlanError(f"rank={self.rank!r} must be an integer of at least 0 (0 means no adapter).")
+        object.__setattr__(self, "bits", int(self.bits))
+        object.__setattr__(self, "rank", int(self.rank))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +75,9 @@ class QuantizerSettings:
         """Check both values."""
         if self.backend not in ("native", "bitsandbytes"):
             raise InvalidPlanError(f"quantizer backend {self.backend!r} is unknown; use 'native' or 'bitsandbytes'.")
-        if self.group_size < 8 or self.group_size & (self.group_size - 1):
-            raise InvalidPlanError(f"group_size={self.group_size} must be a power of two of at least 8, such as 64.")
+        if not _is_integer(self.group_size) or self.group_size < 8 or self.group_size & (self.group_size - 1):
+            raise InvalidPlanError(f"group_size={self.group_size!r} must be a power of two of at least 8, such as 64.")
+        object.__setattr__(self, "group_size", int(self.group_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +134,8 @@ class BitRankPlan(
         if not layers:
             raise InvalidPlanError("A plan needs at least one module.")
         for name, layer in layers.items():
+            if not isinstance(name, str):
+                raise InvalidPlanError(f"The plan names the module {name!r}; give its dotted name as text.")
             if not isinstance(layer, LayerPlan):
                 raise InvalidPlanError(f"The plan of {name!r} is {layer!r}; give LayerPlan(bits=..., rank=...).")
         unknown = sorted(set(shapes or {}) - set(layers))
@@ -241,11 +252,12 @@ class BitRankPlan(
             "memory": self.memory.to_dict() if self.memory else None,
             "provenance": self.provenance,
         }
-        return {
+        metadata = {
             "autoqra_format_version": str(FORMAT_VERSION),
             "autoqra_plan": json.dumps(content),
             "autoqra_calibrated": "yes" if self.calibration is not None else "no",
         }
+        return metadata | {_CHECKSUM: _checksum(metadata)}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, source: str) -> BitRankPlan:
@@ -256,7 +268,7 @@ class BitRankPlan(
             source: where it came from, for messages.
 
         Raises:
-            InvalidPlanError: no plan, a newer format or content that does not fit together.
+            InvalidPlanError: no plan, a newer format, a wrong checksum or content that does not fit together.
         """
         metadata = metadata or {}
         if "autoqra_plan" not in metadata:
@@ -267,11 +279,13 @@ class BitRankPlan(
                 f"{source} has plan format {version!r}, this peft_autoqra reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U peft-autoqra`."
             )
+        if metadata.get(_CHECKSUM) != _checksum(metadata):
+            raise InvalidPlanError(f"The plan in {source} is damaged (wrong checksum); save or download it again.")
         try:
             return cls._from_content(json.loads(metadata["autoqra_plan"]))
         except InvalidPlanError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidPlanError(
                 f"The plan in {source} is damaged ({error!r}); save or download it again."
             ) from error
@@ -394,15 +408,28 @@ def read_plan_header(path: Path) -> dict[str, str]:
         raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
 
 
+def _checksum(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of everything of ours in a header but the checksum itself."""
+    ours = sorted((key, value) for key, value in metadata.items() if key.startswith("autoqra_") and key != _CHECKSUM)
+    return hashlib.sha256(json.dumps(ours).encode()).hexdigest()[:32]
+
+
 def _check_tensors(path: Path, plan: BitRankPlan) -> None:
-    with safe_open(path, framework="np") as file:
-        bits, ranks = file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()
+    try:
+        with safe_open(path, framework="np") as file:
+            bits, ranks = file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()
+    except SafetensorError as error:
+        raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
     if bits != [layer.bits for layer in plan.values()] or ranks != [layer.rank for layer in plan.values()]:
         raise InvalidPlanError(f"Tensors and header of {path} disagree; save or download it again.")
 
 
 def locate_file(filename: str, model_id: str, **hub_kwargs: Any) -> Path | None:
-    """Path of a file in a folder or hub repository; None where it is not there."""
+    """Path of a file in a folder or hub repository; None where it is not there.
+
+    Raises:
+        InvalidPlanError: neither a folder nor a hub id.
+    """
     if Path(model_id).is_dir():
         path = Path(model_id) / filename
         return path if path.is_file() else None
@@ -410,3 +437,5 @@ def locate_file(filename: str, model_id: str, **hub_kwargs: Any) -> Path | None:
         return Path(hf_hub_download(repo_id=model_id, filename=filename, **hub_kwargs))
     except RemoteEntryNotFoundError:
         return None
+    except HFValidationError as error:
+        raise InvalidPlanError(f"{model_id!r} is neither a folder nor the id of a hub repository.") from error

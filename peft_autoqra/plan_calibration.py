@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from peft_autoqra.errors import InvalidPlanError
@@ -18,6 +19,7 @@ CALIBRATION_FILE = "autoqra_calibration.safetensors"
 _MOMENT = "input_second_moment"
 _LEFT = "correction_left"
 _RIGHT = "correction_right"
+_CHECKSUM = "autoqra_checksum"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class PlanCalibration:
         for name, correction in self.corrections.items():
             tensors[f"{_LEFT}:{name}"] = np.ascontiguousarray(correction.left)
             tensors[f"{_RIGHT}:{name}"] = np.ascontiguousarray(correction.right)
-        save_file(tensors, directory / CALIBRATION_FILE, metadata={"format": "np"})
+        save_file(tensors, directory / CALIBRATION_FILE, metadata={"format": "np", _CHECKSUM: _checksum(tensors)})
 
     @classmethod
     def load(cls, path: Path) -> PlanCalibration:
@@ -73,6 +75,8 @@ class PlanCalibration:
             InvalidPlanError: the file is damaged or holds something else.
         """
         try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
             tensors = load_file(path)
         except SafetensorError as error:
             raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
@@ -84,6 +88,8 @@ class PlanCalibration:
             by_kind[kind][name] = tensor
         if by_kind[_LEFT].keys() != by_kind[_RIGHT].keys():
             raise InvalidPlanError(f"{path} holds one half of some corrections only; save or download it again.")
+        if metadata.get(_CHECKSUM) != _checksum(tensors):
+            raise InvalidPlanError(f"{path} is damaged (wrong checksum); save or download it again.")
         return cls(
             input_second_moments=by_kind[_MOMENT],  # type: ignore[arg-type]
             corrections={
@@ -91,3 +97,11 @@ class PlanCalibration:
                 for name, left in by_kind[_LEFT].items()
             },
         )
+
+
+def _checksum(tensors: Mapping[str, npt.NDArray[np.generic]]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key}:{tensor.dtype}:{tensor.shape}:".encode())
+        digest.update(np.ascontiguousarray(tensor))
+    return digest.hexdigest()[:32]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
@@ -40,11 +39,11 @@ class TrialCounts:
 
 def trial_counts(config: SearchArguments) -> TrialCounts:
     """How many trials a search with these settings runs at most."""
-    num_warm, num_baselines = len(config.rank_choices), 3
+    num_warm, num_baselines = len(config.rank_choices) + 1, 3
     evolves = config.num_generations > 0 and config.num_promoted > 0
     return TrialCounts(
         untrained=num_warm + config.population_size * config.num_generations if evolves else 0,
-        short=num_warm + num_baselines + config.num_promoted * evolves + config.num_trust_region_trials,
+        short=num_warm + 1 + config.num_promoted * evolves + config.num_trust_region_trials,
         final=config.num_finalists + num_baselines,
     )
 
@@ -83,23 +82,22 @@ class SearchPipeline:
 
     def run(self) -> Finals:
         """All stages; the finals decide."""
-        baselines = self.baseline_plans()
         short = self._run_warm_starts()
-        for name, plan in baselines.items():
-            self._evaluate(plan, self.short, f"baseline:{name}")
+        baselines = self.baseline_plans()
+        if "qlora-4bit" in baselines:
+            self._evaluate(baselines["qlora-4bit"], self.short, "baseline:qlora-4bit")
         self._evolve(short)
         self._search_trust_region(short)
         return self._run_finals(short, baselines)
 
     def baseline_plans(self) -> dict[str, BitRankPlan]:
-        """Plans that need no search and fit the budget."""
+        """Plans that need no search and fit the budget: exact allocation, uniform, uniform 4-bit QLoRA."""
         plans = {}
-        allocation = self._trainable(allocate(self.problem))
+        allocation, uniform = self._trainable(allocate(self.problem)), self._best_uniform()
         if allocation is not None:
             plans["allocation"] = self.setup.searched_plan(allocation)
-        uniform = [c for c in self._uniform_candidates() if self._trainable(c)]
-        if uniform:
-            plans["uniform"] = self.setup.searched_plan(min(uniform, key=self.problem.predicted_loss))
+        if uniform is not None:
+            plans["uniform"] = self.setup.searched_plan(uniform)
         qlora = self._qlora_plan()
         if qlora is not None:
             plans["qlora-4bit"] = qlora
@@ -109,12 +107,15 @@ class SearchPipeline:
         has_rank = any(layer.rank for layer in self.setup.space.decode(candidate).values())
         return candidate if has_rank else None
 
-    def _uniform_candidates(self) -> Iterable[Candidate]:
-        """For every bit-width the largest uniform rank that fits."""
-        space = self.setup.space
-        for bits in space.bit_choices:
-            fitting = [c for rank in space.rank_choices if self.problem.is_feasible(c := space.uniform(bits, rank))]
-            yield from fitting[-1:]
+    def _best_uniform(self) -> Candidate | None:
+        """Of the largest feasible uniform rank at every bit-width, the one that scores best."""
+        space, feasible = self.setup.space, self.problem.is_feasible
+        fitting = [
+            max((c for rank in space.rank_choices if feasible(c := space.uniform(bits, rank))), default=None)
+            for bits in space.bit_choices
+        ]
+        trainable = [c for c in fitting if c is not None and self._trainable(c)]
+        return min(trainable, key=self.problem.predicted_loss, default=None)
 
     def _qlora_plan(self) -> BitRankPlan | None:
         """Uniform NF4 with zero start and the largest rank up to 16 that fits; None where none does."""
@@ -126,7 +127,7 @@ class SearchPipeline:
         return None
 
     def _warm_starts(self) -> dict[Candidate, str]:
-        """Exact allocations with every rank as a floor.
+        """Exact allocations with every rank as a floor, and the best uniform candidate.
 
         The scores know what a rank repairs before training, not what it learns in it. Short runs along this family
         show how much rank the task wants.
@@ -139,20 +140,17 @@ class SearchPipeline:
                 break
             if candidate is not None:
                 starts.setdefault(candidate, f"allocation:rank>={floor}")
+        uniform = self._best_uniform()
+        if uniform is not None:
+            starts.setdefault(uniform, "uniform")
         return starts
 
     def _run_warm_starts(self) -> dict[Candidate, Trial]:
-        """Short runs of the warm starts, from small ranks up until they get worse twice."""
-        short: dict[Candidate, Trial] = {}
-        best, num_worse = math.inf, 0
-        for candidate, origin in self._warm_starts().items():
-            if num_worse == 2:
-                break
-            trial = short[candidate] = self._evaluate(self.setup.searched_plan(candidate), self.short, origin)
-            loss = _loss(trial)
-            num_worse = 0 if loss < best else num_worse + 1
-            best = min(best, loss)
-        return short
+        """Short runs of the warm starts."""
+        return {
+            candidate: self._evaluate(self.setup.searched_plan(candidate), self.short, origin)
+            for candidate, origin in self._warm_starts().items()
+        }
 
     def _evolve(self, short: dict[Candidate, Trial]) -> None:
         """Stage 1: evolve on the untrained loss, corrected by what short runs showed; promote a few."""

@@ -76,7 +76,7 @@ def unpack_codes(packed: Tensor, bits: int, num_codes: int, dtype: torch.dtype =
         indices = torch.stack((low, high), dim=1).reshape(-1)
     else:
         indices = packed.to(torch.int32)
-    # torch.compile warns of lru_cache, and makes the table a constant of its graph anyhow.
+    # torch.compile warns of lru_cache, and takes the table into its graph anyhow.
     make_table = _code_table if torch.compiler.is_compiling() else _cached_code_table
     table = make_table(bits, packed.device, dtype)
     return table.index_select(0, indices).reshape(-1)[:num_codes]

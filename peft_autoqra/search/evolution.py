@@ -203,7 +203,8 @@ class EvolutionStage:
         """Binary tournament by domination, then crowding distance (Deb et al. 2002)."""
         if not self._population:
             return self._seeds[self._rng.integers(len(self._seeds))]
-        one, two = (self._population[i] for i in self._rng.integers(len(self._population), size=2).tolist())
+        indices: list[int] = self._rng.integers(len(self._population), size=2).tolist()
+        one, two = (self._population[index] for index in indices)
         if one.fitness.dominates(two.fitness):
             return one.point.candidate
         if two.fitness.dominates(one.fitness) or two.fitness.crowding_dist > one.fitness.crowding_dist:

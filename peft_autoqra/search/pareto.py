@@ -42,7 +42,8 @@ def hypervolume(points: Iterable[ParetoPoint], reference_loss: float, reference_
     """
     inside = [point for point in points if point.loss < reference_loss and point.total_bytes < reference_bytes]
     front = nondominated(inside)
-    ends = [point.total_bytes for point in front[1:]] + [reference_bytes]
-    return sum(
-        (reference_loss - point.loss) * (end - point.total_bytes) for point, end in zip(front, ends, strict=True)
-    )
+    area, end = 0.0, reference_bytes
+    for point in reversed(front):
+        area += (reference_loss - point.loss) * (end - point.total_bytes)
+        end = point.total_bytes
+    return area

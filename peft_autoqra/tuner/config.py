@@ -116,7 +116,7 @@ class AutoQRAConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} rewrites or needs the 16-bit base weights, which "
                 "AutoQRA quantizes; use 'compensate' (calibrated correction) or True (zero)."
             )
-        if init == COMPENSATE and (self.calibration is None or not self.calibration.corrections):
+        if init == COMPENSATE and self.calibration is None:
             raise InvalidPlanError(
                 "init_lora_weights='compensate' needs a plan with calibration; search one, calibrate it with "
                 "peft_autoqra.calibrate_plan(...), or use init_lora_weights=True."

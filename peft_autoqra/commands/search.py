@@ -1,0 +1,132 @@
+"""``autoqra search``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from trl import SFTConfig
+
+from peft_autoqra.commands.parser import RECIPE_FILE, RecipeParser
+from peft_autoqra.commands.tables import memory_table, text_table
+from peft_autoqra.recipe import DataArguments, ModelArguments
+from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
+from peft_autoqra.report import write_report
+from peft_autoqra.search_config import AutoQRASearchConfig, SearchArguments
+from peft_autoqra.search_result import PLAN_FOLDER, SearchResult, paired_difference
+from peft_autoqra.searcher import AutoQRASearcher, SearchEstimate
+from peft_autoqra.trial import Trial
+from peft_autoqra.units import format_bytes, format_seconds
+
+
+DESCRIPTION = "Find the weight bits and LoRA rank of every layer within a memory budget. A stopped search goes on."
+
+
+def run(argv: Sequence[str]) -> int:
+    """Search, or estimate with ``--dry_run``; returns the exit status.
+
+    Raises:
+        AutoQRAError: settings, data, model or output directory cannot be used.
+    """
+    parser = RecipeParser(
+        "search",
+        (ModelArguments, DataArguments, SearchArguments, SFTConfig),
+        description=DESCRIPTION,
+        output_dir="search-out",
+    )
+    recipe = parser.parse(argv)
+    model_args, data_args, search_args, args, options = recipe.settings
+    train_dataset, eval_dataset = load_datasets(data_args, args.seed)
+    searcher = AutoQRASearcher(
+        load_base_model(model_args, args),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        args=args,
+        search_config=AutoQRASearchConfig(**asdict(search_args), seed=args.seed, output_dir=args.output_dir),
+        processing_class=load_processing_class(model_args, args),
+    )
+    if options.dry_run:
+        print(estimate_text(searcher.estimate()))  # noqa: T201
+        return 0
+    result = searcher.run()
+    directory = searcher.output_dir
+    recipe.save(directory)
+    report = write_report(directory)
+    print(result_text(result, directory))  # noqa: T201
+    print(f"report  {report}\nnext    {_next_command(directory)}")  # noqa: T201
+    return 0
+
+
+def estimate_text(estimate: SearchEstimate) -> str:
+    """What a dry run prints."""
+    columns = {f"{bits} bits r=16": memory for bits, memory in estimate.uniform.items()}
+    fits = [
+        title
+        for title, memory in columns.items()
+        if (memory.total_bytes if estimate.budget_scope == "training" else memory.stored_bytes)
+        <= estimate.budget_bytes
+    ]
+    return "\n".join(
+        [
+            f"Budget: {format_bytes(estimate.budget_bytes)} ({estimate.budget_bytes:,} bytes, "
+            f"{estimate.budget_scope}). Smallest plan: {format_bytes(estimate.smallest_bytes)}.",
+            "",
+            "Uniform plans (activations are not counted):",
+            memory_table(columns),
+            f"Within the budget: {', '.join(fits) if fits else 'none of these'}.",
+            "",
+            f"The search runs at most {estimate.max_trials} trials, about {format_seconds(estimate.max_seconds)} here. "
+            "Calibration comes on top, once for a model and its data.",
+        ]
+    )
+
+
+def result_text(result: SearchResult, directory: Path) -> str:
+    """What a finished search prints."""
+    rows = [_row("winner", result.winner, result), *(_row(n, t, result) for n, t in result.baselines.items())]
+    num_failed = sum(trial.loss is None for trial in result.trials)
+    failed = f" {num_failed} failed; {directory / 'trials.jsonl'} has the reasons." if num_failed else ""
+    return "\n".join(
+        [
+            "",
+            f"{len(result.trials)} trials, {format_seconds(result.seconds)}. Budget "
+            f"{format_bytes(result.budget.limit_bytes)} ({result.budget.scope}).{failed}",
+            "",
+            text_table(("plan", "loss", "winner - this", "training", "stored", "bits", "rank"), rows),
+            f"Loss: held-out, nats per token, after {result.winner.fidelity.num_steps} steps; below 0 favours the "
+            "winner, ± one standard error over sequences.",
+            "",
+            f"The winner came from {result.winner.origin}.",
+            f"plan    {directory / PLAN_FOLDER}",
+        ]
+    )
+
+
+def _row(name: str, trial: Trial, result: SearchResult) -> list[str]:
+    memory = trial.plan.memory
+    scoped = {result.budget.scope: format_bytes(trial.total_bytes)}
+    if memory is not None:
+        scoped = {"training": format_bytes(memory.total_bytes), "stored": format_bytes(memory.stored_bytes)}
+    return [
+        name,
+        "failed" if trial.loss is None else f"{trial.loss:.4f}",
+        _margin(trial, result.winner),
+        scoped.get("training", "-"),
+        scoped.get("stored", "-"),
+        f"{trial.plan.average_bits:.2f}",
+        f"{trial.plan.average_rank:.1f}",
+    ]
+
+
+def _margin(trial: Trial, winner: Trial) -> str:
+    if trial is winner or trial.loss is None or trial.fidelity != winner.fidelity:
+        return "-"
+    margin = paired_difference(winner, trial)
+    return f"{margin.mean:+.4f} ± {margin.standard_error:.4f}"
+
+
+def _next_command(directory: Path) -> str:
+    parts = ["autoqra", "train", "--config", directory / RECIPE_FILE, "--plan", directory / PLAN_FOLDER]
+    return shlex.join(map(str, [*parts, "--output_dir", directory / "adapter"]))

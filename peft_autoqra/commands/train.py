@@ -1,0 +1,92 @@
+"""``autoqra train`` and ``scripts/finetune.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trl import SFTConfig
+
+from peft_autoqra.commands.parser import RecipeParser
+from peft_autoqra.commands.tables import memory_table
+from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments
+from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
+from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult
+from peft_autoqra.units import format_seconds
+
+DESCRIPTION = "Fine-tune with a plan, or with the same bits and rank everywhere, and save the adapter."
+
+
+def run(argv: Sequence[str]) -> int:
+    """Fine-tune, or estimate with ``--dry_run``; returns the exit status.
+
+    Raises:
+        AutoQRAError: settings, data, model or plan cannot be used.
+    """
+    parser = RecipeParser(
+        "train",
+        (ModelArguments, DataArguments, AdapterArguments, SFTConfig),
+        description=DESCRIPTION,
+        output_dir="adapter",
+    )
+    recipe = parser.parse(argv)
+    model_args, data_args, adapter_args, args, options = recipe.settings
+    train_dataset, eval_dataset = load_datasets(data_args, args.seed)
+    finetune = FineTune(
+        FineTuneInputs(
+            model=load_base_model(model_args, args),
+            processing_class=load_processing_class(model_args, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            args=args,
+            adapter=adapter_args,
+        )
+    )
+    text = estimate_text(finetune, finetune.estimate()) if options.dry_run else result_text(finetune, finetune.run())
+    if finetune.is_main_process:
+        print(text)  # noqa: T201
+    return 0
+
+
+def estimate_text(finetune: FineTune, estimate: FineTuneEstimate) -> str:
+    """What a dry run prints."""
+    return "\n".join(
+        [
+            *_head(finetune),
+            memory_table({"estimated": finetune.estimated}) if finetune.estimated else _unknown_optimizer(finetune),
+            "Activations are not counted.",
+            "",
+            f"{estimate.num_steps} steps, about {format_seconds(estimate.seconds)} here; evaluation comes on top.",
+        ]
+    )
+
+
+def result_text(finetune: FineTune, result: FineTuneResult) -> str:
+    """What a finished fine-tune prints."""
+    columns = {"estimated": result.estimated, "measured": result.measured}
+    known = {title: memory for title, memory in columns.items() if memory is not None}
+    return "\n".join(
+        [
+            *_head(finetune),
+            memory_table(known, exact=True) if known else "",
+            *([] if result.estimated else [_unknown_optimizer(finetune)]),
+            "Activations are not counted. Measured: the bytes of all tensors at the first optimizer step.",
+            "",
+            f"{result.num_steps} steps in {format_seconds(result.train_seconds)}; loss while training "
+            f"{result.train_loss:.4f}, held-out loss {result.eval_loss:.4f}.",
+            f"adapter  {result.output_dir}",
+        ]
+    )
+
+
+def _head(finetune: FineTune) -> list[str]:
+    plan = finetune.plan
+    start = "at the calibrated correction" if plan.initialization == "compensate" else "at zero"
+    return [
+        "",
+        f"{len(plan)} modules, average {plan.average_bits:.2f} bits and rank {plan.average_rank:.1f} "
+        f"({plan.quantizer.backend}); adapters start {start}.",
+    ]
+
+
+def _unknown_optimizer(finetune: FineTune) -> str:
+    return f"The memory of the optimizer {finetune.trainer.args.optim} cannot be foretold."

@@ -1,0 +1,192 @@
+"""What a report shows, read from the files that a search leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_autoqra.errors import SearchStateError
+from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.plan import PLAN_FILE, BitRankPlan
+
+_TRIALS_FILE, _RESULT_FILE, _RECIPE_FILE, _PLAN_FOLDER = "trials.jsonl", "search_result.json", "recipe.yaml", "plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    """One trial of the log.
+
+    Attributes:
+        number: position in the log.
+        stage: who proposed it, without details.
+        origin: who proposed it.
+        num_steps: training steps before it was scored.
+        loss: held-out loss, nats per token; None when failed.
+        seconds: that it took.
+        total_bytes: in the scope of the budget.
+        error: why it failed.
+    """
+
+    number: int
+    stage: str
+    origin: str
+    num_steps: int
+    loss: float | None
+    seconds: float
+    total_bytes: int
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedPlan:
+    """The winner or a baseline after its final run.
+
+    Attributes:
+        name: ``"winner"`` or the baseline's.
+        origin: who proposed it.
+        loss: held-out loss, nats per token; None when failed.
+        num_steps: training steps before it was scored.
+        margin: mean and standard error of the winner's loss minus this one's, over sequences.
+        total_bytes: in the scope of the budget.
+        average_bits: mean bits per weight.
+        average_rank: mean rank over modules.
+        memory: bytes by part, where known.
+    """
+
+    name: str
+    origin: str
+    loss: float | None
+    num_steps: int
+    margin: tuple[float, float] | None
+    total_bytes: int
+    average_bits: float
+    average_rank: float
+    memory: MemoryEstimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything that is there; a search under way has no result yet.
+
+    Attributes:
+        directory: where it was read.
+        plan: the winner.
+        compared: the winner and the baselines.
+        trials: in order.
+        budget_bytes: the limit.
+        budget_scope: what it limits.
+        identity: settings, data and model of the search.
+        recipe: text of the recipe.
+        seconds: summed time of trials and calibration.
+    """
+
+    directory: Path
+    plan: BitRankPlan | None = None
+    compared: tuple[ComparedPlan, ...] = ()
+    trials: tuple[TrialRow, ...] = ()
+    budget_bytes: int | None = None
+    budget_scope: str | None = None
+    identity: Mapping[str, Any] | None = None
+    recipe: str | None = None
+    seconds: float | None = None
+
+
+def read_report_data(directory: Path) -> ReportData:
+    """Read the directory of a search, finished or under way, or of a plan alone; nothing is written.
+
+    Raises:
+        SearchStateError: the directory is not there, holds neither, or a file is damaged.
+        InvalidPlanError: the plan is damaged.
+    """
+    if not directory.is_dir():
+        raise SearchStateError(f"There is no directory {directory}.")
+    identity, trials = _read_trials(directory / _TRIALS_FILE)
+    result = _read_result(directory / _RESULT_FILE)
+    plan = _read_plan(directory)
+    if plan is None and identity is None:
+        raise SearchStateError(
+            f"{directory} holds neither a search ({_TRIALS_FILE}) nor a plan ({PLAN_FILE}); give a search's output_dir."
+        )
+    recipe = directory / _RECIPE_FILE
+    known = result or (identity or {})
+    return ReportData(
+        directory=directory,
+        plan=plan,
+        compared=_compared(result, plan) if result else (),
+        trials=trials,
+        budget_bytes=known.get("budget_bytes"),
+        budget_scope=known.get("budget_scope") or known.get("scope"),
+        identity=identity,
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        seconds=result.get("seconds") if result else None,
+    )
+
+
+def _read_plan(directory: Path) -> BitRankPlan | None:
+    for folder in (directory / _PLAN_FOLDER, directory):
+        if (folder / PLAN_FILE).is_file():
+            return BitRankPlan.from_pretrained(folder)
+    return None
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SearchStateError(f"{path} is damaged ({error}); run the search again, finished trials are kept.") from error
+    return result
+
+
+def _read_trials(path: Path) -> tuple[dict[str, Any] | None, tuple[TrialRow, ...]]:
+    """Identity and trials; a last line that is being written just now is left out."""
+    if not path.is_file():
+        return None, ()
+    lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
+    try:
+        records = [json.loads(line) for line in lines]
+        identity = records[0]["identity"] if records else {}
+        return identity, tuple(_trial_row(record) for record in records[1:])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SearchStateError(f"{path} is damaged ({error!r}).") from error
+
+
+def _trial_row(record: Mapping[str, Any]) -> TrialRow:
+    result = record["result"]
+    loss = result["loss"]
+    return TrialRow(
+        number=record["number"],
+        stage=record["origin"].split(":")[0],
+        origin=record["origin"],
+        num_steps=record["fidelity"]["num_steps"],
+        loss=loss if loss is not None and math.isfinite(loss) else None,
+        seconds=result["seconds"],
+        total_bytes=record["total_bytes"],
+        error=result["error"],
+    )
+
+
+def _compared(result: Mapping[str, Any], plan: BitRankPlan | None) -> tuple[ComparedPlan, ...]:
+    winner = _compared_plan("winner", result["winner"], plan.memory if plan else None)
+    return (winner, *(_compared_plan(name, summary, None) for name, summary in result["baselines"].items()))
+
+
+def _compared_plan(name: str, summary: Mapping[str, Any], memory: MemoryEstimate | None) -> ComparedPlan:
+    margin = summary.get("winner_minus_this")
+    parts = summary.get("memory")
+    return ComparedPlan(
+        name=name,
+        origin=summary["origin"],
+        loss=summary["loss"],
+        num_steps=summary["steps"],
+        margin=(margin["mean"], margin["standard_error"]) if margin else None,
+        total_bytes=summary["total_bytes"],
+        average_bits=summary["average_bits"],
+        average_rank=summary["average_rank"],
+        memory=MemoryEstimate(**parts) if parts else memory,
+    )

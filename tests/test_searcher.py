@@ -1,0 +1,204 @@
+"""The search end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig
+
+from peft_autoqra import AutoQRAConfig, AutoQRASearchConfig, AutoQRASearcher, BitRankPlan
+from peft_autoqra.errors import CalibrationError, InvalidPlanError, MemoryBudgetError, SearchStateError
+from peft_autoqra.evaluation.sft import SFTEvaluator
+from peft_autoqra.searcher import LOG_FILE
+from peft_autoqra.trial import TrialStatus
+from tests.tiny_data import token_dataset, word_tokenizer
+
+
+@pytest.fixture
+def make_searcher(tiny_llama, tmp_path):
+    def make(output_dir: str = "out", train: Dataset | None = None, **changes) -> AutoQRASearcher:
+        settings = {
+            "memory_budget": "qlora-4bit-r16",
+            "rank_choices": [0, 2, 4],
+            "num_calibration_sequences": 8,
+            "num_eval_sequences": 8,
+            "population_size": 4,
+            "num_generations": 2,
+            "num_promoted": 1,
+            "num_trust_region_trials": 2,
+            "short_steps": 1,
+            "final_steps": 2,
+            "cache_dir": str(tmp_path / "cache"),
+        } | changes
+        args = SFTConfig(
+            output_dir=str(tmp_path / "sft"),
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=4,
+            max_length=16,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            use_cpu=True,
+            learning_rate=1e-3,
+        )
+        return AutoQRASearcher(
+            model=tiny_llama(),
+            train_dataset=token_dataset(seed=0) if train is None else train,
+            eval_dataset=token_dataset(seed=1),
+            processing_class=word_tokenizer(),
+            args=args,
+            search_config=AutoQRASearchConfig(output_dir=str(tmp_path / output_dir), **settings),
+            show_progress=False,
+        )
+
+    return make
+
+
+def _losses(result):
+    return [(trial.origin, trial.plan.digest, trial.fidelity, trial.loss) for trial in result.trials]
+
+
+def test_search_keeps_the_budget_and_beats_or_equals_the_baselines(make_searcher):
+    searcher = make_searcher()
+    before = {name: value.clone() for name, value in searcher.setup.model.state_dict().items()}
+    result = searcher.run()
+    assert "qlora-4bit" in result.baselines
+    assert all(trial.total_bytes <= result.budget.limit_bytes for trial in result.trials)
+    finals = [trial.loss for trial in result.baselines.values() if trial.loss is not None]
+    assert result.winner.loss <= min(finals)
+    assert result.plan.memory.total_bytes <= result.budget.limit_bytes
+    after = searcher.setup.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_saved_plan_builds_the_model_that_was_searched(make_searcher, tiny_llama):
+    searcher = make_searcher()
+    result = searcher.run()
+    plan = BitRankPlan.from_pretrained(searcher.output_dir / "plan")
+    assert plan == result.plan
+    config = AutoQRAConfig(plan=plan)
+    assert config.init_lora_weights == ("compensate" if plan.initialization == "compensate" else True)
+    summary = json.loads((searcher.output_dir / "search_result.json").read_text())
+    assert summary["winner"]["loss"] == result.winner.loss
+
+
+def test_a_second_run_repeats_no_trial_and_gives_the_same_result(make_searcher, monkeypatch):
+    first = make_searcher().run()
+
+    def fail(*_):
+        raise AssertionError("a finished trial was run again")
+
+    monkeypatch.setattr(SFTEvaluator, "evaluate", fail)
+    second = make_searcher().run()
+    assert _losses(second) == _losses(first)
+    assert second.plan == first.plan
+
+
+def test_an_interrupted_search_ends_like_an_uninterrupted_one(make_searcher, monkeypatch):
+    whole = make_searcher("whole").run()
+    evaluate, calls = SFTEvaluator.evaluate, []
+
+    def interrupt(self, plan, fidelity):
+        calls.append(plan)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return evaluate(self, plan, fidelity)
+
+    monkeypatch.setattr(SFTEvaluator, "evaluate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_searcher("cut").run()
+    monkeypatch.setattr(SFTEvaluator, "evaluate", evaluate)
+    resumed = make_searcher("cut").run()
+    assert _losses(resumed) == _losses(whole)
+
+
+def test_failed_trials_are_recorded_and_the_search_goes_on(make_searcher, monkeypatch):
+    trained = SFTEvaluator._trained
+
+    def sometimes(self, plan, fidelity):
+        if plan.average_rank > 3 and plan.quantizer.backend == "native":
+            raise RuntimeError("out of memory")
+        return trained(self, plan, fidelity)
+
+    monkeypatch.setattr(SFTEvaluator, "_trained", sometimes)
+    result = make_searcher().run()
+    failed = [trial for trial in result.trials if trial.result.status is TrialStatus.FAILED]
+    assert failed and all("out of memory" in trial.result.error for trial in failed)
+    assert result.winner.loss is not None
+
+
+def test_nan_losses_are_failed_trials_and_all_failed_is_an_error(make_searcher, monkeypatch):
+    monkeypatch.setattr(
+        "peft_autoqra.evaluation.sft.held_out_loss", lambda *_: type("L", (), {"mean": float("nan"), "sequence_losses": ()})
+    )
+    searcher = make_searcher()
+    with pytest.raises(SearchStateError, match="the held-out loss is nan"):
+        searcher.run()
+    records = [json.loads(line) for line in (searcher.output_dir / LOG_FILE).read_text().splitlines()[1:]]
+    assert records and all(record["result"]["status"] == "failed" for record in records)
+
+
+def test_a_directory_of_another_search_is_refused(make_searcher):
+    make_searcher().run()
+    with pytest.raises(SearchStateError, match="short_steps: 1 there, 2 now"):
+        make_searcher(short_steps=2).run()
+    with pytest.raises(SearchStateError, match="holds a search already"):
+        make_searcher(resume=False).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"memory_budget": "1MB", "bit_choices": [16]}, None, None),
+        ({"memory_budget": 1000}, MemoryBudgetError, "smallest plan"),
+        ({"memory_budget": "lots"}, MemoryBudgetError, "'lots'"),
+        ({"bit_choices": [5]}, InvalidPlanError, "bits=5"),
+        ({"granularity": "tensor"}, InvalidPlanError, "'tensor'"),
+        ({"target_modules": ["nothing"]}, InvalidPlanError, "matches no linear layer"),
+        ({"rank_choices": [0]}, InvalidPlanError, "no rank above 0"),
+        ({"train": Dataset.from_dict({"input_ids": []})}, CalibrationError, "train_dataset is empty"),
+    ],
+)
+def test_bad_settings_are_refused_before_work(make_searcher, changes, error, message):
+    if error is None:
+        make_searcher(**changes)
+        return
+    with pytest.raises(error, match=message):
+        make_searcher(**changes)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "fused"])
+def test_modules_of_a_group_get_the_same_choice(make_searcher, granularity):
+    searcher = make_searcher(granularity=granularity, num_generations=0, num_trust_region_trials=0)
+    plan = searcher.run().plan
+    for group in searcher.setup.space.groups:
+        assert len({plan[module] for module in group.modules}) == 1
+
+
+def test_budget_in_which_qlora_does_not_fit(make_searcher):
+    searcher = make_searcher(memory_budget="0.5*qlora-4bit-r16", num_generations=0)
+    result = searcher.run()
+    assert all(trial.total_bytes <= result.budget.limit_bytes for trial in result.trials)
+
+
+def test_estimate_trains_nothing(make_searcher):
+    searcher = make_searcher()
+    before = {name: value.clone() for name, value in searcher.setup.model.state_dict().items()}
+    estimate = searcher.estimate()
+    assert 0 < estimate.max_seconds and 0 < estimate.smallest_bytes <= estimate.budget_bytes
+    assert not Path(searcher.output_dir).exists()
+    assert all(torch.equal(value, before[name]) for name, value in searcher.setup.model.state_dict().items())
+    result = searcher.run()
+    assert len(result.trials) <= estimate.max_trials
+
+
+def test_paired_margin_of_the_winner(make_searcher):
+    result = make_searcher().run()
+    for summary, trial in zip(result.summary()["baselines"].values(), result.baselines.values(), strict=True):
+        expected = np.mean(np.array(result.winner.result.sequence_losses) - np.array(trial.result.sequence_losses))
+        assert summary["winner_minus_this"]["mean"] == pytest.approx(expected)
