@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         return _fail(f"{command!r} is no command; use one of {', '.join(COMMANDS)}.")
+    # TRL passes transformers the old name of this setting; users can do nothing about it.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     try:
         # A command imports TRL and perhaps BoTorch, which takes seconds.
         return int(import_module(f"peft_autoqra.commands.{command}").run(arguments[1:]))

@@ -6,11 +6,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from peft_autoqra.errors import InvalidPlanError, MemoryBudgetError, PlanMismatchError
@@ -20,11 +18,22 @@ from peft_autoqra.quant.backends import QuantBackend, make_backend
 from peft_autoqra.search_space import SearchSpace
 from peft_autoqra.target_modules import linear_targets
 
-Optimizer = Literal["adamw_torch", "adamw_torch_fused", "sgd"]
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Those whose states are known."""
 
 _STATES_PER_PARAMETER = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
 _STEP_BYTES = {"adamw_torch": 4, "adamw_torch_fused": 4, "sgd": 0}
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,14 @@ class MemoryModel:
 
     modules: Mapping[str, ModuleShape]
     untouched_bytes: int
-    optimizer: Optimizer = "adamw_torch"
+    optimizer: str = "adamw_torch"
     adapter_itemsize: int = 4
 
     def __post_init__(self) -> None:
         """Check the optimizer."""
-        if self.optimizer not in _STATES_PER_PARAMETER:
+        if self.optimizer not in OPTIMIZERS:
             raise InvalidPlanError(
-                f"The memory of optimizer {self.optimizer!r} is not known; use one of {sorted(_STATES_PER_PARAMETER)}."
+                f"The memory of optimizer {self.optimizer!r} is not known; use one of {OPTIMIZERS}."
             )
 
     @classmethod
@@ -79,7 +88,7 @@ class MemoryModel:
         model: nn.Module,
         *,
         target_modules: str | Iterable[str] = "all-linear",
-        optimizer: Optimizer = "adamw_torch",
+        optimizer: str = "adamw_torch",
     ) -> MemoryModel:
         """Read the shapes of an unquantized model.
 
@@ -214,7 +223,7 @@ def resolve_budget(budget: int | str, memory_model: MemoryModel, scope: MemorySc
         limit = memory_model.untouched_bytes + math.floor(
             _positive(bits.group(1), budget) * memory_model.num_weights / 8
         )
-    elif number := re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?b)?", text):
+    elif number := re.fullmatch(r"([0-9.]+)\s*([kmgt]i?b|b)?", text):
         scope = scope or "training"
         limit = math.floor(_positive(number.group(1), budget) * _UNITS[number.group(2) or "b"])
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ def measure_memory(
         module_names: the targeted modules, as the plan names them.
         optimizer: its states are counted where given.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     targets = {name: _base_layer(base.get_submodule(name)) for name in module_names}
     weights = {id(t): t for layer in targets.values() for t in _weight_tensors(layer)}
     metadata = {id(t): t for layer in targets.values() for t in _metadata_tensors(layer)}

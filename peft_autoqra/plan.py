@@ -6,19 +6,21 @@ import difflib
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.model_card import PlanCard
 from peft_autoqra.plan_calibration import CALIBRATION_FILE, PlanCalibration
 
 PLAN_FILE = "autoqra_plan.safetensors"
@@ -336,6 +338,19 @@ class BitRankPlan(
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
         return None
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """The README.md of the plan's folder or repository."""
+        card = PlanCard(
+            base_model=self.base_model.name_or_path,
+            backend=self.quantizer.backend,
+            average_bits=self.average_bits,
+            average_rank=self.average_rank,
+            bits_counts=Counter(layer.bits for layer in self.values()),
+            memory=self.memory,
+            provenance=self.provenance,
+        )
+        return ModelCard(card.render())
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {

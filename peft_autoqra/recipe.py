@@ -59,7 +59,11 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        """Check what belongs together."""
+        """Check what belongs together.
+
+        Raises:
+            RecipeError: settings that contradict each other.
+        """
         if self.dataset_name and self.train_file:
             raise RecipeError("Give dataset_name or train_file, not both.")
         if self.eval_file and not self.train_file:
@@ -106,7 +110,11 @@ class AdapterArguments:
     )
 
     def __post_init__(self) -> None:
-        """A plan decides alone."""
+        """A plan decides alone.
+
+        Raises:
+            RecipeError: bits, rank or backend beside a plan, or a negative number.
+        """
         given = [name for name in ("bits", "r", "quant_backend") if getattr(self, name) is not None]
         if self.plan is not None and given:
             raise RecipeError(f"The plan already decides {', '.join(given)}; leave them out, or give no plan.")

@@ -38,7 +38,7 @@ def load_base_model(model_args: ModelArguments, args: SFTConfig) -> PreTrainedMo
             **(args.model_init_kwargs or {}),
         )
     except OSError as error:
-        raise _not_loadable("model", name, error) from error
+        raise RecipeError(f"The model {name!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def load_processing_class(model_args: ModelArguments, args: SFTConfig) -> PreTrainedTokenizerBase:
@@ -53,7 +53,7 @@ def load_processing_class(model_args: ModelArguments, args: SFTConfig) -> PreTra
             name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _not_loadable("tokenizer of", name, error) from error
+        raise RecipeError(f"The tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def load_datasets(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
@@ -117,10 +117,6 @@ def _not_empty(dataset: Dataset, name: str) -> Dataset:
     if len(dataset) == 0:
         raise RecipeError(f"{name} holds no examples.")
     return dataset
-
-
-def _not_loadable(what: str, name: str, error: Exception) -> RecipeError:
-    return RecipeError(f"The {what} {name!r} cannot be loaded: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

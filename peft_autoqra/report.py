@@ -78,13 +78,13 @@ def _heading(data: ReportData) -> str:
 def _comparison(data: ReportData) -> str:
     if not data.compared:
         return ""
-    header = ("plan", "found by", "held-out loss", "winner − this", "training", "stored", "bits", "rank")
+    header = ("plan", "found by", "held-out loss", "winner - this", "training", "stored", "bits", "rank")
     rows = [_comparison_row(plan, data.budget_scope) for plan in data.compared]
     steps = data.compared[0].num_steps
     return (
         "<section><h2>Winner and baselines</h2>"
         + _table(header, rows, num_text_columns=2)
-        + f"<p class='note'>Loss in nats per token on the same held-out sequences after {steps} steps. Winner − this: "
+        + f"<p class='note'>Loss in nats per token on the same held-out sequences after {steps} steps. Winner - this: "
         "mean over sequences ± one standard error; below 0 favours the winner. The winner was chosen on these "
         "sequences, so report final figures on others.</p></section>"
     )
@@ -101,9 +101,9 @@ def _comparison_row(plan: ComparedPlan, scope: str | None) -> list[str]:
         plan.name,
         plan.origin,
         "failed" if plan.loss is None else f"{plan.loss:.4f}",
-        f"{plan.margin[0]:+.4f} ± {plan.margin[1]:.4f}" if plan.margin else "–",
-        scoped.get("training", "–"),
-        scoped.get("stored", "–"),
+        f"{plan.margin[0]:+.4f} ± {plan.margin[1]:.4f}" if plan.margin else "-",
+        scoped.get("training", "-"),
+        scoped.get("stored", "-"),
         f"{plan.average_bits:.2f}",
         f"{plan.average_rank:.1f}",
     ]
@@ -164,7 +164,7 @@ def _stage_rows(trials: Sequence[TrialRow]) -> list[list[str]]:
                 str(num_steps),
                 str(len(group)),
                 str(len(group) - len(losses)),
-                f"{min(losses):.4f}" if losses else "–",
+                f"{min(losses):.4f}" if losses else "-",
                 format_seconds(sum(trial.seconds for trial in group)),
             ]
         )
@@ -210,4 +210,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_text_col
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{line(header, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
+    return (
+        f"<div class='scroll'><table><thead><tr>{line(header, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
+    )

@@ -109,7 +109,7 @@ def read_report_data(directory: Path) -> ReportData:
     plan = _read_plan(directory)
     if plan is None and identity is None:
         raise SearchStateError(
-            f"{directory} holds neither a search ({_TRIALS_FILE}) nor a plan ({PLAN_FILE}); give a search's output_dir."
+            f"{directory} holds neither {_TRIALS_FILE} of a search nor {PLAN_FILE}; give a search's output_dir."
         )
     recipe = directory / _RECIPE_FILE
     known = result or (identity or {})
@@ -134,17 +134,28 @@ def _read_plan(directory: Path) -> BitRankPlan | None:
 
 
 def _read_result(path: Path) -> dict[str, Any] | None:
+    """The result.
+
+    Raises:
+        SearchStateError: the file is damaged.
+    """
     if not path.is_file():
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
-        raise SearchStateError(f"{path} is damaged ({error}); run the search again, finished trials are kept.") from error
+        raise SearchStateError(
+            f"{path} is damaged ({error}); run the search again, finished trials are kept."
+        ) from error
     return result
 
 
 def _read_trials(path: Path) -> tuple[dict[str, Any] | None, tuple[TrialRow, ...]]:
-    """Identity and trials; a last line that is being written just now is left out."""
+    """Identity and trials; a last line that is being written just now is left out.
+
+    Raises:
+        SearchStateError: the log is damaged.
+    """
     if not path.is_file():
         return None, ()
     lines = path.read_bytes().rpartition(b"\n")[0].splitlines()

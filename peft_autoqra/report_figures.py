@@ -13,7 +13,7 @@ from peft_autoqra.plan import BitRankPlan, LayerPlan
 from peft_autoqra.report_data import TrialRow
 from peft_autoqra.units import format_bytes
 
-STAGES = ("baseline", "allocation", "evolution", "trust_region")
+STAGES = ("baseline", "uniform", "allocation", "evolution", "trust_region")
 MEMORY_PARTS = {
     "weight_bytes": "planned weights",
     "metadata_bytes": "metadata",
@@ -56,7 +56,8 @@ def heat_map_legend(plan: BitRankPlan) -> str:
     ranks = sorted({layer.rank for layer in plan.values()})
     shown = ranks if len(ranks) <= 6 else [ranks[round(i * (len(ranks) - 1) / 5)] for i in range(6)]
     bits = "".join(
-        f'<span class="key"><i class="swatch bits{b}"></i>{b} bits</span>' for b in sorted({x.bits for x in plan.values()})
+        f'<span class="key"><i class="swatch bits{b}"></i>{b} bits</span>'
+        for b in sorted({x.bits for x in plan.values()})
     )
     dots = "".join(
         f'<span class="key"><svg width="18" height="18" aria-hidden="true">{_dot(9, 9, rank, max_rank)}</svg>'
@@ -75,7 +76,9 @@ def trial_panels(trials: Sequence[TrialRow]) -> str:
     for index, num_steps in enumerate(all_steps):
         panel = [trial for trial in completed if trial.num_steps == num_steps]
         body += _panel(panel, num_steps, index * (_PANEL_HEIGHT + _TOP + _BOTTOM), last)
-    return _svg(_CHART_WIDTH, len(all_steps) * (_PANEL_HEIGHT + _TOP + _BOTTOM), "Loss of every trial in order", body)
+    height = len(all_steps) * (_PANEL_HEIGHT + _TOP + _BOTTOM)
+    body.append(_text(_CHART_WIDTH - 16, height - 4, "trials in order →", "end"))
+    return _svg(_CHART_WIDTH, height, "Loss of every trial in order", body)
 
 
 def stage_legend(trials: Iterable[TrialRow]) -> str:
@@ -104,7 +107,7 @@ def memory_bars(columns: Mapping[str, MemoryEstimate], budget: tuple[int, str] |
                 f'height="{_BAR_HEIGHT}"><title>{escape(name)}: {title} {num_bytes:,} bytes</title></rect>'
             )
             x += num_bytes * scale
-        body.append(_text(x + 6, y + 14, format_bytes(memory.total_bytes), "start"))
+        body.append(_text(_BAR_LEFT + _BAR_WIDTH + 10, y + 14, format_bytes(memory.total_bytes), "start"))
     height = _TOP + len(columns) * (_BAR_HEIGHT + 10)
     if budget:
         x = _BAR_LEFT + budget[0] * scale
@@ -172,12 +175,13 @@ def _panel(trials: Sequence[TrialRow], num_steps: int, top: float, last_number: 
         x = _LEFT + 8 + (plot_width - 16) * trial.number / max(last_number, 1)
         label = f"trial {trial.number}, {trial.origin}: {trial.loss:.4f}, {format_bytes(trial.total_bytes)}"
         body.append(_mark(x, height_of(trial.loss or low), trial.stage, label))
-    body.append(_text(_CHART_WIDTH - 16, y0 + _PANEL_HEIGHT + 16, "trials in order →", "end"))
     return body
 
 
 def _clipped_maximum(losses: Sequence[float]) -> float:
-    """The largest loss, unless a few far ones would squeeze the rest."""
+    """The largest loss, unless a few far ones among many would squeeze the rest."""
+    if len(losses) < 10:
+        return losses[-1]
     middle = statistics.median(losses)
     limit = middle + 4 * max(middle - losses[0], 0.01)
     return max(loss for loss in losses if loss <= limit)
@@ -194,15 +198,18 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _mark(x: float, y: float, stage: str, title: str) -> str:
-    """A circle, square, triangle or diamond, so that colour is not needed to tell stages apart."""
+    """Each stage has a shape of its own, so that colour is not needed to tell stages apart."""
     index = STAGES.index(stage) if stage in STAGES else 0
     shapes = (
         f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"',
+        f'<path d="M{x - 5:.1f} {y + 4:.1f}l5-9l5 9z" transform="rotate(180 {x:.1f} {y:.1f})"',
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"',
         f'<path d="M{x:.1f} {y - 5.5:.1f}l5 9h-10z"',
         f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6-6z"',
     )
-    return f'{shapes[index]} class="mark {STAGES[index]}"><title>{escape(title)}</title></{shapes[index][1:].split()[0]}>'
+    return (
+        f'{shapes[index]} class="mark {STAGES[index]}"><title>{escape(title)}</title></{shapes[index][1:].split()[0]}>'
+    )
 
 
 def _text(x: float, y: float, text: str, anchor: str, css_class: str = "") -> str:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,11 @@ from trl import SFTConfig
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
 from peft_autoqra.fingerprint import fingerprint_weights
-from peft_autoqra.granularity import build_search_space
+from peft_autoqra.granularity import Granularity, build_search_space
 from peft_autoqra.importance.calibration_bank import CalibrationBank, bank_settings, build_calibration_bank
 from peft_autoqra.importance.error_table import ErrorTableSettings
 from peft_autoqra.memory import MemoryBudget, MemoryModel, resolve_budget
+from peft_autoqra.memory_estimate import MemoryScope
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.search_problem import SearchProblem
@@ -70,10 +71,12 @@ class SearchSetup:
             inputs.model, target_modules=targets, optimizer=str(getattr(inputs.args.optim, "value", inputs.args.optim))
         )
         self.space: SearchSpace = build_search_space(
-            self.memory_model.modules, config.granularity, config.bit_choices, config.rank_choices
+            self.memory_model.modules, cast("Granularity", config.granularity), config.bit_choices, config.rank_choices
         )
         self.quantizer = QuantizerSettings(group_size=config.group_size)
-        self.budget: MemoryBudget = resolve_budget(config.memory_budget, self.memory_model, config.scope)
+        self.budget: MemoryBudget = resolve_budget(
+            config.memory_budget, self.memory_model, cast("MemoryScope | None", config.scope)
+        )
         self._bytes_table = self.memory_model.bytes_table(self.space, self.quantizer, self.budget.scope)
         self.problem_with(self.zero_table())  # raises when the budget cannot be reached
         self.data = SFTData(

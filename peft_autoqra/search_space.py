@@ -55,7 +55,8 @@ class SearchSpace:
             if not choices or list(choices) != sorted(set(choices)):
                 raise InvalidPlanError(f"{name}={choices} must be ascending, without repeats and not empty.")
         for bits in self.bit_choices:
-            LayerPlan(bits, self.rank_choices[0])
+            for rank in self.rank_choices:
+                LayerPlan(bits, rank)
         if not self.groups:
             raise InvalidPlanError("The search space has no modules; check target_modules.")
         modules = [module for group in self.groups for module in group.modules]
@@ -103,6 +104,15 @@ class SearchSpace:
         """The bits and rank at two ladder positions."""
         return LayerPlan(self.bit_choices[choice[0]], self.rank_choices[choice[1]])
 
+    def _choice(self, layer: LayerPlan) -> tuple[int, int]:
+        """Ladder positions of a bits and rank."""
+        if layer.bits not in self.bit_choices or layer.rank not in self.rank_choices:
+            raise InvalidPlanError(
+                f"{layer} is not among the choices of the search space: bits {self.bit_choices}, "
+                f"ranks {self.rank_choices}."
+            )
+        return self.bit_choices.index(layer.bits), self.rank_choices.index(layer.rank)
+
     def decode(self, candidate: Candidate) -> dict[str, LayerPlan]:
         """Module name to layer plan."""
         return {
@@ -115,24 +125,29 @@ class SearchSpace:
         """The candidate that decodes to these layers.
 
         Raises:
-            InvalidPlanError: a module is missing, modules of a group differ, or a value is not among the choices.
+            InvalidPlanError: a module is missing or not in the space, modules of a group differ, or a value is not
+                among the choices of its group.
         """
+        foreign = set(layers) - {module for group in self.groups for module in group.modules}
+        if foreign:
+            raise InvalidPlanError(f"{sorted(foreign)[:3]} are not in the search space.")
         choices = []
-        for group in self.groups:
+        for index, group in enumerate(self.groups):
             values = {layers[module] for module in group.modules if module in layers}
             if len(values) != 1 or any(module not in layers for module in group.modules):
                 raise InvalidPlanError(f"The modules of group {group.name!r} need one common bits and rank.")
-            value = values.pop()
-            if value.bits not in self.bit_choices or value.rank not in self.rank_choices:
-                raise InvalidPlanError(
-                    f"{value} of group {group.name!r} is not among the choices of the search space."
-                )
-            choices.append((self.bit_choices.index(value.bits), self.rank_choices.index(value.rank)))
+            choices.append(self._choice(values.pop()))
+            if choices[-1][1] >= self.num_ranks(index):
+                raise InvalidPlanError(f"{group.name!r} takes ranks up to {group.max_rank}; lower its rank.")
         return tuple(choices)
 
     def uniform(self, bits: int, rank: int) -> Candidate:
-        """The same bits and rank everywhere; rank is lowered to the next choice where a group does not allow it."""
-        bit, wanted = self.bit_choices.index(bits), self.rank_choices.index(rank)
+        """The same bits and rank everywhere; rank is lowered to the next choice where a group does not allow it.
+
+        Raises:
+            InvalidPlanError: bits or rank are not among the choices.
+        """
+        bit, wanted = self._choice(LayerPlan(bits, rank))
         return tuple((bit, min(wanted, self.num_ranks(index) - 1)) for index in range(self.num_groups))
 
     def sample(self, rng: np.random.Generator) -> Candidate:

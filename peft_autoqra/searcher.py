@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,15 +184,15 @@ class SearchEstimate:
 
 
 def _pareto_front(trials: list[Trial], fidelity: Fidelity) -> tuple[Trial, ...]:
-    completed = [t for t in trials if t.loss is not None and t.fidelity == fidelity]
-    return tuple(
-        t
-        for t in completed
-        if not any(
-            o.loss <= t.loss and o.total_bytes <= t.total_bytes and (o.loss, o.total_bytes) != (t.loss, t.total_bytes)
-            for o in completed
-        )
-    )
+    """Trials of one fidelity that no other beats in both loss and bytes, smallest first."""
+    front: list[Trial] = []
+    best = math.inf
+    completed = [(t.total_bytes, t.loss, t) for t in trials if t.loss is not None and t.fidelity == fidelity]
+    for _, loss, trial in sorted(completed, key=lambda entry: entry[:2]):
+        if loss < best:
+            front.append(trial)
+            best = loss
+    return tuple(front)
 
 
 def _step_seconds(setup: SearchSetup) -> float:

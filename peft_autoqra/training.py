@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_autoqra.errors import PlanMismatchError
 from peft_autoqra.evaluation.sft import SFTData
 from peft_autoqra.importance.calibrated_plan import calibrate_plan
-from peft_autoqra.memory import MemoryModel, Optimizer
+from peft_autoqra.memory import OPTIMIZERS, MemoryModel
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.memory_measurement import measure_memory
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, QuantizerSettings
@@ -142,7 +142,8 @@ class FineTune:
         for _ in range(2):  # the first pass warms up
             start = time.perf_counter()
             with trainer.accelerator.autocast():
-                trainer.training_step(trainer.model, dict(batch))
+                loss = trainer.compute_loss(trainer.model, dict(batch))
+            loss.backward()
             seconds = time.perf_counter() - start
         trainer.model.zero_grad()
         return FineTuneEstimate(num_steps=num_steps, seconds=seconds * args.gradient_accumulation_steps * num_steps)
@@ -219,9 +220,9 @@ def _check_names(plan: BitRankPlan, model: nn.Module) -> None:
 
 def _estimate_memory(model: nn.Module, plan: BitRankPlan, args: SFTConfig) -> MemoryEstimate | None:
     optimizer = str(getattr(args.optim, "value", args.optim))
-    if optimizer not in get_args(Optimizer):
+    if optimizer not in OPTIMIZERS:
         return None
-    memory_model = MemoryModel.from_model(model, target_modules=list(plan), optimizer=optimizer)  # type: ignore[arg-type]
+    memory_model = MemoryModel.from_model(model, target_modules=list(plan), optimizer=optimizer)
     return memory_model.estimate(plan)
 
 

@@ -66,31 +66,25 @@ class TrialLog:
             return False
         content = self.path.read_bytes()
         complete, _, partial = content.rpartition(b"\n")
+        lines = complete.split(b"\n") if complete else []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if number == 1:
+                    self._check_header(record)
+                else:
+                    self._remember(_from_record(record))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise self._damaged(number, error) from error
         if partial:  # killed while writing: that record never counted
             with self.path.open("r+b") as file:
                 file.truncate(len(content) - len(partial))
-        lines = complete.splitlines()
-        if not lines:
-            return False
-        records = [self._parse(number, line) for number, line in enumerate(lines, 1)]
-        self._check_header(records[0])
-        for number, record in enumerate(records[1:], 2):
-            try:
-                self._remember(_from_record(record))
-            except (KeyError, TypeError, ValueError) as error:
-                raise self._damaged(number, error) from error
-        return True
-
-    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            record: dict[str, Any] = json.loads(line)
-        except ValueError as error:
-            raise self._damaged(number, error) from error
-        return record
+        return bool(lines)
 
     def _damaged(self, number: int, error: Exception) -> SearchStateError:
         return SearchStateError(
-            f"Line {number} of {self.path} is damaged ({error!r}); remove that line and try again."
+            f"Line {number} of {self.path} is damaged ({error!r}); remove that line and try again, or use "
+            "another output_dir."
         )
 
     def _check_header(self, header: Mapping[str, Any]) -> None:

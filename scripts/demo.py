@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,23 +17,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
-from peft_autoqra import (
-    AutoQRAConfig,
-    AutoQRASearchConfig,
-    AutoQRASearcher,
-    BitRankPlan,
-    MemoryModel,
-    QuantizerSettings,
-    uniform_plan,
-)
-from peft_autoqra.evaluation.held_out import held_out_loss
+from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher
 from peft_autoqra.memory_estimate import MemoryEstimate
-from peft_autoqra.memory_measurement import measure_memory
+from peft_autoqra.recipe import AdapterArguments
 from peft_autoqra.report import write_report
+from peft_autoqra.training import FineTune, FineTuneInputs
 
 BUDGETS = {"100%": "qlora-4bit-r16", "75%": "0.75*qlora-4bit-r16"}
 MAX_TOKENS = 96
@@ -74,14 +67,14 @@ def main() -> None:
     model_id = options.model_name_or_path or assets["model"]
     splits = {split: load_reviews(assets, split) for split in ("train", "dev", "test")}
     tokenizer = AutoTokenizer.from_pretrained(model_id)
+    job = Job(model_id, splits, tokenizer, options)
     rows = [
-        fine_tune("LoRA r=16, 16 bits", model_id, None, splits, tokenizer, options),
-        fine_tune("QLoRA NF4 r=16", model_id, qlora_plan(model_id), splits, tokenizer, options),
+        job.fine_tune("LoRA r=16, 16 bits", AdapterArguments(bits=16, r=16)),
+        job.fine_tune("QLoRA NF4 r=16", AdapterArguments(bits=4, r=16, quant_backend="bitsandbytes")),
     ]
     for label, budget in BUDGETS.items():
-        plan, seconds = search(model_id, budget, label, splits, tokenizer, options)
-        name = f"AutoQRA, {label} of QLoRA's memory"
-        rows.append(fine_tune(name, model_id, plan, splits, tokenizer, options, seconds))
+        plan, seconds = job.search(budget, label)
+        rows.append(job.fine_tune(f"AutoQRA at {label} of QLoRA's memory", AdapterArguments(plan=plan), seconds))
     write_table(rows, options.output_dir)
     print(f"\nEverything took {(time.perf_counter() - start) / 60:.1f} minutes; see {options.output_dir}/.")
 
@@ -122,6 +115,7 @@ def recipe(options: argparse.Namespace, output_dir: Path) -> SFTConfig:
         per_device_eval_batch_size=8,
         max_length=MAX_TOKENS,
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=10,
         save_strategy="no",
@@ -130,106 +124,76 @@ def recipe(options: argparse.Namespace, output_dir: Path) -> SFTConfig:
     )
 
 
-def load_base(model_id: str) -> torch.nn.Module:
-    """The 16-bit model."""
-    return AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.bfloat16)
+@dataclass(frozen=True)
+class Job:
+    """One model, data and recipe, for every method the same."""
 
+    model_id: str
+    splits: dict[str, Reviews]
+    tokenizer: PreTrainedTokenizerBase
+    options: argparse.Namespace
 
-def qlora_plan(model_id: str) -> BitRankPlan:
-    """What QLoRA does: NF4 with double quantization, rank 16 and a zero start everywhere."""
-    return uniform_plan(load_base(model_id), 4, 16, quantizer=QuantizerSettings(backend="bitsandbytes"))
+    def load_base(self) -> PreTrainedModel:
+        """The 16-bit model."""
+        return AutoModelForCausalLM.from_pretrained(self.model_id, dtype=torch.bfloat16)
 
-
-def search(
-    model_id: str,
-    budget: str,
-    label: str,
-    splits: dict[str, Reviews],
-    tokenizer: PreTrainedTokenizerBase,
-    options: argparse.Namespace,
-) -> tuple[BitRankPlan, float]:
-    """Search at a budget; the second search takes the calibration of the first from the cache."""
-    output_dir = options.output_dir / f"search-{label.rstrip('%')}"
-    print(f"\nSearching a plan at {label} of QLoRA's training memory", flush=True)
-    searcher = AutoQRASearcher(
-        load_base(model_id),
-        train_dataset=splits["train"].mixed(options.seed),
-        eval_dataset=splits["dev"].mixed(options.seed),
-        processing_class=tokenizer,
-        args=recipe(options, output_dir),
-        search_config=AutoQRASearchConfig(
-            memory_budget=budget,
-            num_calibration_sequences=48,
-            num_eval_sequences=48,
-            population_size=6,
-            num_generations=2,
-            num_promoted=2,
-            num_trust_region_trials=2,
-            short_steps=6,
-            final_steps=16,
-            num_finalists=1,
-            cache_dir=str(options.output_dir / "calibration"),
-            output_dir=str(output_dir),
-            seed=options.seed,
-        ),
-    )
-    result = searcher.run()
-    write_report(output_dir)
-    return result.plan, result.seconds
-
-
-def fine_tune(
-    name: str,
-    model_id: str,
-    plan: BitRankPlan | None,
-    splits: dict[str, Reviews],
-    tokenizer: PreTrainedTokenizerBase,
-    options: argparse.Namespace,
-    search_seconds: float = 0.0,
-) -> Row:
-    """Fine-tune one configuration through SFTTrainer and measure it on the test split."""
-    print(f"\nFine-tuning: {name}", flush=True)
-    base = load_base(model_id)
-    modules = list(MemoryModel.from_model(base).modules)
-    folder = options.output_dir / "".join(c if c.isalnum() else "-" for c in name)
-    if plan is None:
-        peft_config = LoraConfig(r=16, lora_alpha=8, use_rslora=True, target_modules="all-linear")
-    else:
-        peft_config = AutoQRAConfig(plan=plan, lora_alpha=8, task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
-        model=base,
-        args=recipe(options, folder),
-        train_dataset=splits["train"].mixed(options.seed),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    memory = with_gradients(measure_memory(trainer.model, modules, trainer.optimizer))
-    trainer.save_model(str(folder))
-    loss = held_out_loss(trainer.model, text_batches(splits["test"].text["text"], tokenizer)).mean
-    accuracy = answer_accuracy(trainer.model, splits["test"].questions, tokenizer)
-    row = Row(name, loss, accuracy, memory, search_seconds, seconds)
-    print(f"{name}: held-out loss {loss:.4f}, accuracy {accuracy:.3f}, training {seconds:.0f} s", flush=True)
-    return row
-
-
-def with_gradients(measured: MemoryEstimate) -> MemoryEstimate:
-    """The trainer clears gradients after its last step; each is as large as its adapter."""
-    return MemoryEstimate(**{**measured.to_dict(), "gradient_bytes": measured.adapter_bytes})
-
-
-def text_batches(texts: list[str], tokenizer: PreTrainedTokenizerBase, size: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Truncated, padded and labelled batches."""
-    batches = []
-    for first in range(0, len(texts), size):
-        batch = tokenizer(
-            texts[first : first + size], truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt"
+    def search(self, budget: str, label: str) -> tuple[str, float]:
+        """Folder of the plan found at a budget, and seconds; calibration is shared through the cache."""
+        options = self.options
+        output_dir = options.output_dir / f"search-{label.rstrip('%')}"
+        print(f"\nSearching a plan at {label} of QLoRA's training memory", flush=True)
+        searcher = AutoQRASearcher(
+            self.load_base(),
+            train_dataset=self.splits["train"].mixed(options.seed),
+            eval_dataset=self.splits["dev"].mixed(options.seed),
+            processing_class=self.tokenizer,
+            args=recipe(options, output_dir),
+            search_config=AutoQRASearchConfig(
+                memory_budget=budget,
+                num_calibration_sequences=48,
+                num_eval_sequences=48,
+                population_size=6,
+                num_generations=2,
+                num_promoted=2,
+                num_trust_region_trials=2,
+                short_steps=6,
+                final_steps=16,
+                num_finalists=1,
+                cache_dir=str(options.output_dir / "calibration"),
+                output_dir=str(output_dir),
+                seed=options.seed,
+            ),
         )
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        batches.append({**batch, "labels": labels})
-    return batches
+        result = searcher.run()
+        print(f"report: {write_report(output_dir)}", flush=True)
+        return str(output_dir / "plan"), result.seconds
+
+    def fine_tune(self, name: str, adapter: AdapterArguments, search_seconds: float = 0.0) -> Row:
+        """Train one configuration through SFTTrainer and measure it on the test split.
+
+        Raises:
+            SystemExit: the real tensors do not take the estimated bytes.
+        """
+        print(f"\nFine-tuning: {name}", flush=True)
+        folder = self.options.output_dir / "-".join(re.findall(r"[A-Za-z0-9]+", name))
+        test = self.splits["test"]
+        tuning = FineTune(
+            FineTuneInputs(
+                model=self.load_base(),
+                processing_class=self.tokenizer,
+                train_dataset=self.splits["train"].mixed(self.options.seed),
+                eval_dataset=test.text.select_columns(["text"]),
+                args=recipe(self.options, folder),
+                adapter=adapter,
+            )
+        )
+        result = tuning.run()
+        if result.measured is None or result.measured != result.estimated:
+            raise SystemExit(f"{name}: estimated {result.estimated}, measured {result.measured}")
+        accuracy = answer_accuracy(tuning.trainer.model, test.questions, self.tokenizer)
+        row = Row(name, result.eval_loss, accuracy, result.measured, search_seconds, result.train_seconds)
+        print(f"{name}: held-out loss {row.loss:.4f}, accuracy {accuracy:.3f}", flush=True)
+        return row
 
 
 @torch.no_grad()
@@ -240,7 +204,7 @@ def answer_accuracy(model: PeftModel, questions: Dataset, tokenizer: PreTrainedT
     correct = 0
     for first in range(0, len(questions), 16):
         rows = questions.select(range(first, min(first + 16, len(questions))))
-        batch = tokenizer(rows["prompt"], padding=True, padding_side="right", return_tensors="pt")
+        batch = tokenizer(list(rows["prompt"]), padding=True, padding_side="right", return_tensors="pt")
         last = batch["attention_mask"].sum(1) - 1
         logits = model(**batch).logits[torch.arange(len(rows)), last]
         predicted = logits[:, answer_ids].argmax(1)
@@ -252,8 +216,8 @@ def answer_accuracy(model: PeftModel, questions: Dataset, tokenizer: PreTrainedT
 def write_table(rows: list[Row], output_dir: Path) -> None:
     """Print the table as Markdown; keep it and the figures."""
     header = (
-        "| method | held-out loss | accuracy | weights MB | scales MB | untouched MB | adapter MB | gradients + optimizer "
-        "MB | total MB | search s | training s |"
+        "| method | held-out loss | accuracy | weights MB | scales MB | untouched MB | adapter MB "
+        "| gradients + optimizer MB | total MB | search s | training s |"
     )
     lines = [header, "|---" * (header.count("|") - 1) + "|"]
     for row in rows:

@@ -26,7 +26,11 @@ from peft_autoqra.plan import (
 )
 from peft_autoqra.plan_calibration import CALIBRATION_FILE, Correction, PlanCalibration
 
-LAYERS = {"layers.0.q_proj": LayerPlan(3, 4), "layers.0.down_proj": LayerPlan(16, 0), "layers.1.q_proj": LayerPlan(2, 8)}
+LAYERS = {
+    "layers.0.q_proj": LayerPlan(3, 4),
+    "layers.0.down_proj": LayerPlan(16, 0),
+    "layers.1.q_proj": LayerPlan(2, 8),
+}
 SHAPES = {"layers.0.q_proj": (32, 64), "layers.0.down_proj": (64, 128), "layers.1.q_proj": (32, 64)}
 
 

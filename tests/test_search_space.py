@@ -121,9 +121,9 @@ def test_what_no_space_can_be(changes: dict[str, Any], message: str) -> None:
     [
         ({"layers.0.k": LayerPlan(2, 4)}, "'layers.0' need one common"),
         ({"layers.0.k": None}, "'layers.0' need one common"),
-        ({"layers.2.q": LayerPlan(3, 0)}, "'layers.2' is not among the choices"),
-        ({"layers.2.q": LayerPlan(2, 5)}, "'layers.2' is not among the choices"),
-        ({"layers.2.q": LayerPlan(2, 4)}, "'layers.2'"),
+        ({"layers.2.q": LayerPlan(3, 0)}, "bits=3, rank=0. is not among the choices"),
+        ({"layers.2.q": LayerPlan(2, 5)}, "bits=2, rank=5. is not among the choices"),
+        ({"layers.2.q": LayerPlan(2, 4)}, "'layers.2' takes ranks up to 0"),
         ({"layers.3.q": LayerPlan(2, 0)}, "layers.3.q"),
     ],
 )

@@ -128,19 +128,22 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(make_searcher, monkey
     monkeypatch.setattr(SFTEvaluator, "_trained", sometimes)
     result = make_searcher().run()
     failed = [trial for trial in result.trials if trial.result.status is TrialStatus.FAILED]
-    assert failed and all("out of memory" in trial.result.error for trial in failed)
+    assert failed
+    assert all("out of memory" in trial.result.error for trial in failed)
     assert result.winner.loss is not None
 
 
 def test_nan_losses_are_failed_trials_and_all_failed_is_an_error(make_searcher, monkeypatch):
     monkeypatch.setattr(
-        "peft_autoqra.evaluation.sft.held_out_loss", lambda *_: type("L", (), {"mean": float("nan"), "sequence_losses": ()})
+        "peft_autoqra.evaluation.sft.held_out_loss",
+        lambda *_: type("L", (), {"mean": float("nan"), "sequence_losses": ()}),
     )
     searcher = make_searcher()
     with pytest.raises(SearchStateError, match="the held-out loss is nan"):
         searcher.run()
     records = [json.loads(line) for line in (searcher.output_dir / LOG_FILE).read_text().splitlines()[1:]]
-    assert records and all(record["result"]["status"] == "failed" for record in records)
+    assert records
+    assert all(record["result"]["status"] == "failed" for record in records)
 
 
 def test_a_directory_of_another_search_is_refused(make_searcher):
@@ -190,7 +193,8 @@ def test_estimate_trains_nothing(make_searcher):
     searcher = make_searcher()
     before = {name: value.clone() for name, value in searcher.setup.model.state_dict().items()}
     estimate = searcher.estimate()
-    assert 0 < estimate.max_seconds and 0 < estimate.smallest_bytes <= estimate.budget_bytes
+    assert estimate.max_seconds > 0
+    assert 0 < estimate.smallest_bytes <= estimate.budget_bytes
     assert not Path(searcher.output_dir).exists()
     assert all(torch.equal(value, before[name]) for name, value in searcher.setup.model.state_dict().items())
     result = searcher.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import os
 from collections.abc import Callable, Sequence
@@ -84,7 +85,8 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         self.add_argument("-h", "--help", action=_Help, help="Show this and leave.")
         self.add_argument("--help_all", action=_Help, help="Show the flags of SFTConfig too.")
         self.set_defaults(output_dir=output_dir)
-        self._own_defaults = {action.dest: action.default for action in self._actions}
+        # The first of a field's flags has its default; --no_FIELD comes after it.
+        self._own_defaults = {action.dest: action.default for action in reversed(self._actions)}
         self._of_other_commands: dict[str, Any] = {}
 
     def parse(self, argv: Sequence[str]) -> ParsedRecipe:
@@ -159,9 +161,9 @@ class _HelpFormatter(argparse.HelpFormatter):
         return ", ".join(flags or action.option_strings)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings
+        has_default = action.default not in (None, False, [], argparse.SUPPRESS)
         text = action.help or ""
-        if not has_default or "%(default)" in text:
+        if not has_default:
             return text
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         return f"{text} [{str(getattr(default, 'value', default)).replace('%', '%%')}]"
@@ -170,7 +172,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 class _Help(argparse.Action):
     """Prints the flags by topic, without the rarely used ones unless all are asked for."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -180,15 +182,24 @@ class _Help(argparse.Action):
         formatter.add_text(parser.description)
         shown: set[str] = set()
         for title, names in _topics(parser, show_all=show_all):
+            actions = [a for a in parser._actions if a.dest in names - shown and not _is_negation(a)]
             formatter.start_section(title)
-            formatter.add_arguments(
-                [a for a in parser._actions if a.dest in names - shown and not a.option_strings[0].startswith("--no_")]
-            )
+            formatter.add_arguments(actions if show_all else [_first_sentence(action) for action in actions])
             formatter.end_section()
             shown |= names
         formatter.add_text(None if show_all else parser.epilog)
         print(formatter.format_help(), end="")  # noqa: T201
         parser.exit()
+
+
+def _is_negation(action: argparse.Action) -> bool:
+    return action.option_strings[0].startswith("--no_")
+
+
+def _first_sentence(action: argparse.Action) -> argparse.Action:
+    short = copy.copy(action)
+    short.help = (action.help or "").split(". ")[0].rstrip(".") + "."
+    return short
 
 
 def _topics(parser: Any, *, show_all: bool) -> list[tuple[str, set[str]]]:

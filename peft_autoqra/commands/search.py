@@ -20,7 +20,6 @@ from peft_autoqra.searcher import AutoQRASearcher, SearchEstimate
 from peft_autoqra.trial import Trial
 from peft_autoqra.units import format_bytes, format_seconds
 
-
 DESCRIPTION = "Find the weight bits and LoRA rank of every layer within a memory budget. A stopped search goes on."
 
 
@@ -77,7 +76,7 @@ def estimate_text(estimate: SearchEstimate) -> str:
             memory_table(columns),
             f"Within the budget: {', '.join(fits) if fits else 'none of these'}.",
             "",
-            f"The search runs at most {estimate.max_trials} trials, about {format_seconds(estimate.max_seconds)} here. "
+            f"The search runs at most {estimate.max_trials} trials, about {format_seconds(estimate.max_seconds)}. "
             "Calibration comes on top, once for a model and its data.",
         ]
     )

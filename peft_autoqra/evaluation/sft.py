@@ -104,8 +104,8 @@ class SFTEvaluator:
         try:
             loss = self._untrained(plan, fidelity) if fidelity.num_steps == 0 else self._trained(plan, fidelity)
             if not math.isfinite(loss.mean):
-                raise ArithmeticError(f"the held-out loss is {loss.mean}")  # noqa: TRY301
-        except Exception as error:  # noqa: BLE001
+                raise ArithmeticError(f"the held-out loss is {loss.mean}")
+        except Exception as error:
             message = f"{type(error).__name__}: {error}"
             return TrialResult(status=TrialStatus.FAILED, seconds=time.perf_counter() - start, error=message)
         return TrialResult(

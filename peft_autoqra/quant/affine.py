@@ -108,9 +108,7 @@ def _fit_weighted(groups: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, Te
     return best_scale, best_offset
 
 
-def _least_squares(
-    groups: Tensor, codes: Tensor, moment: Tensor, moment_sum: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _least_squares(groups: Tensor, codes: Tensor, moment: Tensor, moment_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted regression of the weights on their codes, per group: slope, intercept, explained error (float64).
 
     The error left is the weighted variance of the group, the same for all codes, minus what the codes explain.

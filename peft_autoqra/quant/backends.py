@@ -58,7 +58,9 @@ class NativeBackend:
         """Bytes of (codes, metadata)."""
         if bits not in NATIVE_BITS:
             raise InvalidPlanError(f"bits={bits} of {name!r} has no native format; choose one of {NATIVE_BITS} or 16.")
-        weight_format = WeightFormat(bits, fit_group_size(self.group_size, in_features, name), out_features, in_features)
+        weight_format = WeightFormat(
+            bits, fit_group_size(self.group_size, in_features, name), out_features, in_features
+        )
         return weight_format.weight_bytes, weight_format.metadata_bytes
 
 

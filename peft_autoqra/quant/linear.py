@@ -83,9 +83,7 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, ``[out_features, in_features]``, in ``dtype`` or the compute dtype."""
-        return dequantize(
-            self.weight_format, self.W_q, self.scale_codes, self.scale_base, dtype or self.compute_dtype
-        )
+        return dequantize(self.weight_format, self.W_q, self.scale_codes, self.scale_base, dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""

@@ -15,6 +15,7 @@ from peft_autoqra.importance.allocation import allocate
 from peft_autoqra.importance.priors import ImportancePriors
 from peft_autoqra.importance.repair import fill
 from peft_autoqra.search.embedding import OrdinalEmbedding
+from peft_autoqra.search.gp_fit import one_thread
 from peft_autoqra.search.neighborhood import Positions, Region, keys, local_search
 from peft_autoqra.search.operators import coupled_mutation, guided_mutation
 from peft_autoqra.search.proxy_gp import ProxyGP
@@ -132,6 +133,7 @@ class TrustRegionStage:
         """Trials used up, nothing promising enough left, or the region collapsed; ``ask`` then gives nothing."""
         return self.num_asked >= self.settings.num_trials or self._is_converged or self.state.restart_triggered
 
+    @one_thread()
     def ask(self, num: int = 1) -> list[Candidate]:
         """Up to ``num`` feasible candidates, none asked for or told before; fewer or none when the stage is done.
 
@@ -204,12 +206,21 @@ class TrustRegionStage:
         return positions[region.is_near(positions)]
 
     def _propose_by_mutation(self, num: int) -> list[Candidate]:
-        """The mutants that the proxy likes best, for want of observations; the exact allocation before all."""
+        """For want of observations, the mutants that the proxy likes best, then what else it likes nearby."""
         region = self._region([])
-        positions = self._mutants(region)
-        positions = np.unique(positions[region.contains(positions)], axis=0)
-        order = np.argsort(self._embedding.predicted_losses(positions), kind="stable")
-        return [self.problem.space.from_array(position) for position in positions[order[:num]]]
+        mutants = np.unique(self._mutants(region), axis=0)
+        mutants = mutants[region.contains(mutants)]
+        order = np.argsort(self._embedding.predicted_losses(mutants), kind="stable")[:num]
+        batch = [self.problem.space.from_array(mutant) for mutant in mutants[order]]
+        while len(batch) < num:
+            found, value = local_search(self._region(batch), region.centre, self._negative_prediction)
+            if value == -math.inf:
+                break
+            batch.append(self.problem.space.from_array(found))
+        return batch
+
+    def _negative_prediction(self, positions: Positions) -> npt.NDArray[np.float64]:
+        return -self._embedding.predicted_losses(positions)
 
     def _propose_by_model(self, num: int) -> list[Candidate]:
         """Greedy batch of maximizers of the log expected improvement; ends early where there is none to speak of."""

@@ -40,7 +40,7 @@ class TrustRegionState:
         """
         if not 0 < self.min_length <= self.max_length or not 0 < self.length <= self.max_length:
             raise ValueError(
-                f"length={self.length}, min_length={self.min_length}, max_length={self.max_length} all must be positive, "
+                f"length={self.length}, min_length={self.min_length}, max_length={self.max_length} must be positive, "
                 "neither of the first two above the last."
             )
         if min(self.success_tolerance, self.failure_tolerance) < 1:

@@ -22,6 +22,10 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
         super().__init__(base_layer, adapter_name, **kwargs)
         self._unmerged_layer: list[nn.Module] = []  # in a list, so that it is no submodule while merged
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Sizes of the base layer, whose class PEFT does not know."""
+        return module.in_features, module.out_features
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into a dense copy of the base weight."""
         if isinstance(self.base_layer, QUANTIZED_LAYERS):

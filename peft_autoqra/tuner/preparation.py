@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils.other import get_pattern_key
 from peft.utils.integrations import _skip_init_on_device
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError

@@ -11,7 +11,7 @@ from peft_autoqra.search.bayesopt import TrustRegionSettings, TrustRegionStage
 from peft_autoqra.search.evolution import EvolutionSettings, EvolutionStage
 from tests.search.synthetic import InteractingTruth, make_problem
 
-NUM_EVALUATIONS = 30
+NUM_EVALUATIONS = 20
 MAX_ROUNDS = 60
 
 
@@ -124,7 +124,7 @@ class StageContract(ABC):
 
 class TestEvolutionStage(StageContract):
     def make(self, problem, seed=0):
-        settings = EvolutionSettings(population_size=10, num_generations=NUM_EVALUATIONS // 10, seed=seed)
+        settings = EvolutionSettings(population_size=5, num_generations=NUM_EVALUATIONS // 5, seed=seed)
         return EvolutionStage(problem, settings)
 
     def ask(self, stage):
