@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
@@ -85,18 +86,20 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         self.add_argument("-h", "--help", action=_Help, help="Show this and leave.")
         self.add_argument("--help_all", action=_Help, help="Show the flags of SFTConfig too.")
         self.set_defaults(output_dir=output_dir)
-        # The first of a field's flags has its default; --no_FIELD comes after it.
-        self._own_defaults = {action.dest: action.default for action in reversed(self._actions)}
+        self._own_defaults = vars(self.parse_known_args([])[0])
         self._of_other_commands: dict[str, Any] = {}
 
     def parse(self, argv: Sequence[str]) -> ParsedRecipe:
         """Read recipe and flags; exits with status 2 and one line on a mistake."""
         try:
             namespace = self._parse_namespace(argv)
+            given = self._given(namespace)
+            if namespace.bf16 is None and not torch.accelerator.is_available():
+                namespace.use_cpu = True  # SFTConfig wants to be told before it takes its default, bf16, on a CPU
             settings = tuple(self._make(dataclass_type, namespace) for dataclass_type in self.dataclass_types)
         except (OSError, TypeError, ValueError) as error:
             self.error(str(error))
-        return ParsedRecipe(settings, self._given(namespace))
+        return ParsedRecipe(settings, given)
 
     def error(self, message: str) -> NoReturn:
         """One line instead of a page of usage."""
@@ -145,7 +148,7 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         own = {
             name: value
             for name, value in vars(namespace).items()
-            if name not in left_out and value != self._own_defaults.get(name)
+            if name not in left_out and value != self._own_defaults[name]
         }
         return own | self._of_other_commands
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 from trl import SFTConfig
@@ -30,6 +31,8 @@ def run(argv: Sequence[str]) -> int:
     )
     recipe = parser.parse(argv)
     model_args, data_args, adapter_args, args, options = recipe.settings
+    if options.dry_run:
+        args.output_dir = tempfile.gettempdir()  # the trainer makes its output directory
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
     finetune = FineTune(
         FineTuneInputs(

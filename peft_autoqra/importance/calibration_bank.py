@@ -24,6 +24,9 @@ from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.quant.affine import quantize_affine
 from peft_autoqra.quant.quantized_weight import fit_group_size
 
+FORMAT_VERSION = 1
+"""Raised when the same data would give other statistics, corrections or codes, so that old caches are not used."""
+
 _TABLE_FILE = "error_table.safetensors"
 
 
@@ -103,8 +106,9 @@ def bank_settings(
     """Settings whose fingerprint names the weights, the calibration data and the quantizer."""
     digest = hashlib.sha256(fingerprint_weights(linear_weights(model, module_names)).encode())
     for batch in batches:
-        digest.update(batch["input_ids"].cpu().numpy().tobytes())
-    digest.update(json.dumps([quantizer.backend, quantizer.group_size, str(model.dtype)]).encode())
+        for key, value in sorted(batch.items()):
+            digest.update(f"{key}:{tuple(value.shape)}:".encode() + value.cpu().numpy().tobytes())
+    digest.update(json.dumps([FORMAT_VERSION, quantizer.backend, quantizer.group_size, str(model.dtype)]).encode())
     return ErrorTableSettings(
         bit_choices=tuple(sorted(set(bit_choices))), max_rank=max_rank, fingerprint=digest.hexdigest()[:32]
     )

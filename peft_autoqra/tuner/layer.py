@@ -1,9 +1,10 @@
-"""LoRA over a quantized linear layer."""
+"""LoRA over a linear layer of a mixed-bit base."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
@@ -11,7 +12,7 @@ from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
 
 
 class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
-    """``y = x Q^T + b + scaling * (x A^T) B^T`` with Q quantized.
+    """``y = x Q^T + b + scaling * (x A^T) B^T`` with Q quantized, or left at 16 bits.
 
     Merging puts a dense layer, the dequantized weight plus the adapter, in the place of the quantized one and keeps
     the latter aside. So merging loses nothing to a second quantization, and unmerging restores the codes exactly.
@@ -25,6 +26,10 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """Sizes of the base layer, whose class PEFT does not know."""
         return module.in_features, module.out_features
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        """Where PEFT puts the adapter. No dtype: a detour over that of the base would round what was trained."""
+        return next(base_layer.parameters()).device, None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into a dense copy of the base weight."""

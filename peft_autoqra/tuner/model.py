@@ -46,17 +46,18 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         parent: nn.Module,
         **kwargs: Any,
     ) -> None:
-        compensate = isinstance(lora_config, AutoQRAConfig) and lora_config.init_lora_weights == COMPENSATE
-        config = copy.copy(lora_config)
-        if compensate:
-            config.init_lora_weights = True
-        super()._create_and_replace(config, adapter_name, target, target_name, parent, **kwargs)
-        if compensate:
-            start_at_correction(getattr(parent, target_name), adapter_name, lora_config, kwargs["current_key"])
+        if not isinstance(lora_config, AutoQRAConfig) or lora_config.init_lora_weights != COMPENSATE:
+            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
+            return
+        plain = copy.copy(lora_config)
+        plain.init_lora_weights = True
+        super()._create_and_replace(plain, adapter_name, target, target_name, parent, **kwargs)
+        start_at_correction(getattr(parent, target_name), adapter_name, lora_config, kwargs["current_key"])
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if isinstance(target, QUANTIZED_LAYERS):
+        planned = isinstance(lora_config, AutoQRAConfig) and type(target) is nn.Linear
+        if planned or isinstance(target, QUANTIZED_LAYERS):
             return QuantLoRALinear(target, adapter_name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 

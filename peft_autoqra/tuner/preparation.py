@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -16,12 +17,15 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import _skip_init_on_device
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.plan import DENSE_BITS, BaseModelInfo, BitRankPlan, LayerPlan
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backend
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
+
+_ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -90,16 +94,35 @@ def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[_Target]:
         adapted = bool(adapted) and not isinstance(adapted, _ExcludedModule)
         if has_own_bits:
             matched_patterns.add(bits_key)
-        if adapted or (has_own_bits and isinstance(layer, (nn.Linear, *QUANTIZED_LAYERS))):
+        named = config.plan is not None and name in config.plan
+        if adapted or named or (has_own_bits and isinstance(layer, (nn.Linear, *QUANTIZED_LAYERS))):
             rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
             bits = config.bits_pattern.get(bits_key, config.bits)
             targets.append(_Target(name, layer, LayerPlan(bits, rank if adapted else 0)))
+    _check_matches(targets, matched_patterns, layers, config)
+    return targets
+
+
+def _check_matches(
+    targets: list[_Target], matched_patterns: set[str], layers: Mapping[str, nn.Module], config: AutoQRAConfig
+) -> None:
+    """Every name and pattern has to match something."""
+    wanted = config.target_modules
+    suffixes = [] if isinstance(wanted, str) else [s for s in wanted if not _is_suffix_of_any(s, layers)]
+    if suffixes or not (config.target_parameters or any(target.wanted.rank for target in targets)):
+        raise InvalidPlanError(f"target_modules {suffixes or wanted} match no module; {_examples(layers)}")
     unmatched = sorted(set(config.bits_pattern) - matched_patterns)
     if unmatched:
-        raise InvalidPlanError(
-            f"bits_pattern keys {unmatched[:3]} match no module; names look like {list(layers)[-3:]}."
-        )
-    return targets
+        raise InvalidPlanError(f"bits_pattern keys {unmatched[:3]} match no module; {_examples(layers)}")
+
+
+def _is_suffix_of_any(suffix: str, names: Iterable[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for name in names)
+
+
+def _examples(layers: Mapping[str, nn.Module]) -> str:
+    names = [name for name, layer in layers.items() if isinstance(layer, (nn.Linear, *QUANTIZED_LAYERS))]
+    return f"linear layers have names such as {names[:3]}."
 
 
 def _check_names(plan: BitRankPlan, layers: Mapping[str, nn.Module]) -> None:
@@ -123,16 +146,19 @@ def _check_target(target: _Target, config: AutoQRAConfig) -> None:
                 "load the base model again, or use the same bits."
             )
     elif type(layer) is not nn.Linear:
-        if wanted.bits == DENSE_BITS:
+        if wanted.bits == DENSE_BITS and isinstance(layer, _ADAPTABLE):
             return
         raise InvalidPlanError(
-            f"{name!r} is a {type(layer).__name__}, only nn.Linear can be quantized; exclude it from the target "
-            "modules, keep it at bits=16, or load the base model without another quantization."
+            f"{name!r} is a {type(layer).__name__}; only nn.Linear can be quantized, and only linear, embedding and "
+            "convolution layers take an adapter at bits=16. Exclude it from the plan or target modules, or load the "
+            "base model without another quantization."
         )
     elif wanted.bits != DENSE_BITS:
         make_backend(config.quantizer).num_bytes(*target.shape, wanted.bits, name)
         _check_values(target)
+        _check_moment(target, config)
     _check_shape_and_rank(target, config)
+    _check_correction(target, config)
 
 
 def _check_values(target: _Target) -> None:
@@ -141,6 +167,19 @@ def _check_values(target: _Target) -> None:
         raise InvalidPlanError(f"The weight of {target.name!r} is on the meta device; load the model's weights first.")
     if not torch.isfinite(weight).all():
         raise InvalidPlanError(f"The weight of {target.name!r} holds NaN or infinite values; it cannot be quantized.")
+
+
+def _check_moment(target: _Target, config: AutoQRAConfig) -> None:
+    moment = config.calibration.input_second_moments.get(target.name) if config.calibration else None
+    if moment is not None and moment.shape != target.shape[1:]:
+        raise PlanMismatchError(
+            f"The calibration of {target.name!r} is for an input of shape {moment.shape}, the model has "
+            f"{target.shape[1:]}; use the base model that was calibrated."
+        )
+    if moment is not None and not (np.isfinite(moment).all() and (moment >= 0).all()):
+        raise InvalidPlanError(
+            f"The calibration of {target.name!r} holds input moments that are negative or not finite; calibrate again."
+        )
 
 
 def _check_shape_and_rank(target: _Target, config: AutoQRAConfig) -> None:
@@ -155,13 +194,24 @@ def _check_shape_and_rank(target: _Target, config: AutoQRAConfig) -> None:
             f"rank {wanted.rank} of {name!r} is above the smaller side of its weight {target.shape}; "
             f"use at most {min(target.shape)}."
         )
-    if config.init_lora_weights == COMPENSATE and wanted.rank and wanted.bits != DENSE_BITS:
-        correction = config.calibration.corrections.get(name) if config.calibration else None
-        if correction is None or correction.rank < wanted.rank:
-            raise InvalidPlanError(
-                f"The calibration holds no correction of rank {wanted.rank} for {name!r}; calibrate the plan again "
-                "with peft_autoqra.calibrate_plan(...)."
-            )
+
+
+def _check_correction(target: _Target, config: AutoQRAConfig) -> None:
+    name, wanted = target.name, target.wanted
+    if config.init_lora_weights != COMPENSATE or not wanted.rank or wanted.bits == DENSE_BITS:
+        return
+    correction = config.calibration.corrections.get(name) if config.calibration else None
+    if correction is None or correction.rank < wanted.rank:
+        raise InvalidPlanError(
+            f"The calibration holds no correction of rank {wanted.rank} for {name!r}; calibrate the plan again "
+            "with peft_autoqra.calibrate_plan(...)."
+        )
+    shape = (correction.left.shape[0], correction.right.shape[1])
+    if shape != target.shape:
+        raise PlanMismatchError(
+            f"The calibration corrects a weight of shape {shape} at {name!r}, the model has {target.shape}; use the "
+            "base model that was calibrated."
+        )
 
 
 def _check_fingerprint(targets: list[_Target], config: AutoQRAConfig) -> str | None:

@@ -1,0 +1,282 @@
+"""The command line, called in-process on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
+
+from peft_autoqra import BitRankPlan, cli
+from peft_autoqra.commands import search, train
+from tests.tiny_folder import SEARCH_FLAGS, TinyFolder, make_tiny_folder
+
+
+@pytest.fixture(autouse=True)
+def _own_data_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tiny_llama) -> TinyFolder:
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny"), tiny_llama())
+
+
+@pytest.fixture(scope="module")
+def searched(tiny, tmp_path_factory) -> Path:
+    """The directory of a finished search."""
+    directory = tmp_path_factory.mktemp("search") / "out"
+    assert cli.main(["search", *tiny.flags, *SEARCH_FLAGS, "--output_dir", str(directory)]) == 0
+    return directory
+
+
+def fails_with_one_line(capsys, argv: list[str], *words: str) -> None:
+    try:
+        status = cli.main(argv)
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    assert status == 2
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith("autoqra")
+    assert "Traceback" not in captured.err
+    for word in words:
+        assert word in line
+
+
+class TestMain:
+    @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+    def test_help_names_every_command(self, capsys, argv):
+        assert cli.main(argv) == 0
+        text = capsys.readouterr().out
+        assert all(f"\n  {command} " in text for command in cli.COMMANDS)
+
+    def test_version(self, capsys):
+        assert cli.main(["--version"]) == 0
+        assert capsys.readouterr().out.startswith("autoqra 0.")
+
+    def test_unknown_command(self, capsys):
+        fails_with_one_line(capsys, ["serch"], "serch", "search")
+
+    def test_interrupt_says_how_to_go_on(self, capsys, monkeypatch):
+        def interrupt(argv):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(search, "run", interrupt)
+        assert cli.main(["search"]) == 130
+        assert "goes on from here" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("command", "flag"), [("search", "--memory_budget"), ("train", "--plan")])
+    def test_command_help_is_short_unless_all_is_asked_for(self, capsys, command, flag):
+        texts = []
+        for help_flag in ("--help", "--help_all"):
+            with pytest.raises(SystemExit) as stopped:
+                cli.main([command, help_flag])
+            assert stopped.value.code == 0
+            texts.append(capsys.readouterr().out)
+        short, full = texts
+        assert flag in short
+        assert "--train_file" in short
+        assert "--weight_decay" not in short
+        assert "--weight_decay" in full
+        assert short.count("\n") < 75
+
+
+class TestRecipe:
+    """Settings are read before anything is loaded, so no model is needed."""
+
+    @pytest.fixture
+    def parse(self, tmp_path, monkeypatch):
+        def parse(recipe: dict | str, *flags: str):
+            path = tmp_path / "recipe.yaml"
+            path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+            seen = {}
+
+            def stop(data, seed):
+                raise KeyboardInterrupt
+
+            original = search.RecipeParser.parse
+            monkeypatch.setattr(
+                search.RecipeParser, "parse", lambda self, argv: seen.setdefault("recipe", original(self, argv))
+            )
+            monkeypatch.setattr(search, "load_datasets", stop)
+            status = cli.main(["search", "--config", str(path), *flags])
+            assert status == cli.EXIT_INTERRUPTED
+            return seen["recipe"]
+
+        return parse
+
+    def test_flags_go_before_the_recipe_before_the_defaults(self, parse):
+        recipe = parse({"learning_rate": 5e-4, "short_steps": 3, "weight_decay": 0.1}, "--short_steps", "4")
+        _, _, search_args, args, _ = recipe.settings
+        assert (search_args.short_steps, search_args.final_steps, args.learning_rate) == (4, 30, 5e-4)
+        assert recipe.given == {"learning_rate": 5e-4, "short_steps": 4, "weight_decay": 0.1}
+
+    def test_exponents_without_a_dot_and_single_list_items_are_understood(self, parse):
+        recipe = parse("learning_rate: 1e-3\nrank_choices: 8\nbit_choices: [2, 4]\n")
+        _, _, search_args, args, _ = recipe.settings
+        assert (args.learning_rate, search_args.rank_choices, search_args.bit_choices) == (1e-3, [8], [2, 4])
+
+    def test_settings_of_other_commands_are_kept_for_them(self, parse):
+        assert parse({"lora_dropout": 0.1}).given["lora_dropout"] == 0.1
+
+    def test_tokens_are_not_written_to_disk(self, parse, tmp_path):
+        recipe = parse({"hub_token": "secret-token", "seed": 3}, "--hub_token", "other-secret")
+        recipe.save(tmp_path / "out")
+        assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()) == {"seed": 3}
+
+    def test_saved_recipe_gives_the_same_settings(self, parse, tmp_path):
+        first = parse({"memory_budget": "3.2bit", "rank_choices": [0, 4], "max_steps": 5}, "--no_resume")
+        first.save(tmp_path / "out")
+        again = parse((tmp_path / "out" / "recipe.yaml").read_text())
+        assert again.settings[2] == first.settings[2]
+        assert again.given == first.given
+
+    def test_environment_variables(self, parse, monkeypatch):
+        monkeypatch.setenv("AUTOQRA_TEST", "before")
+        parse({"env": {"AUTOQRA_TEST": 7}})
+        assert os.environ["AUTOQRA_TEST"] == "7"
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("learning_rat: 1.0", ["learning_rat", "learning_rate"]),
+            ("a: [1", ["no YAML"]),
+            ("- 1", ["mapping"]),
+            ("short_steps: many", ["short_steps", "many"]),
+            ("short_steps: 40", ["final_steps=30", "short_steps=40"]),
+        ],
+    )
+    def test_mistakes_are_one_line(self, capsys, tmp_path, content, words):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(content)
+        fails_with_one_line(capsys, ["search", "--config", str(path)], *words)
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+            (["--config"], ["needs a file"]),
+            (["--memory_budgt", "1"], ["--memory_budgt", "--memory_budget"]),
+            (["--dtype", "int3"], ["int3"]),
+            (["--train_file", "a.jsonl", "--dataset_name", "b"], ["not both"]),
+        ],
+    )
+    def test_wrong_flags_are_one_line(self, capsys, flags, words):
+        fails_with_one_line(capsys, ["search", *flags], *words)
+
+
+class TestBadInputs:
+    def test_no_data(self, capsys, tiny):
+        fails_with_one_line(capsys, ["search", "--model_name_or_path", str(tiny.model)], "--train_file")
+
+    def test_no_held_out_data(self, capsys, tiny):
+        flags = ["--model_name_or_path", str(tiny.model), "--train_file", str(tiny.data / "train.jsonl")]
+        fails_with_one_line(capsys, ["search", *flags], "--test_split_size")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "words"),
+        [
+            ("a.jsonl", None, ["a.jsonl"]),
+            ("a.xlsx", "x", [".xlsx"]),
+            ("a.jsonl", "{broken", ["a.jsonl"]),
+            ("a.csv", "text\n", ["a.csv"]),
+        ],
+    )
+    def test_unusable_data_files(self, capsys, tiny, tmp_path, name, content, words):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        flags = ["--model_name_or_path", str(tiny.model), "--train_file", str(tmp_path / name)]
+        fails_with_one_line(capsys, ["train", *flags, "--test_split_size", "0.5"], *words)
+
+    def test_model_that_is_not_there(self, capsys, tiny, tmp_path):
+        argv = ["train", *tiny.flags, "--model_name_or_path", str(tmp_path / "nothing")]
+        fails_with_one_line(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "cannot be loaded")
+
+    def test_unreachable_budget_names_the_smallest(self, capsys, tiny, tmp_path):
+        argv = ["search", *tiny.flags, *SEARCH_FLAGS, "--memory_budget", "9kB", "--output_dir", str(tmp_path / "out")]
+        fails_with_one_line(capsys, argv, "9,000 bytes cannot be reached", "smallest plan")
+        assert not (tmp_path / "out").exists()
+
+    def test_plan_and_bits_contradict(self, capsys, tiny):
+        fails_with_one_line(capsys, ["train", *tiny.flags, "--plan", "p", "--bits", "3"], "bits", "plan")
+
+    def test_no_plan_there(self, capsys, tiny, tmp_path):
+        argv = ["train", *tiny.flags, "--plan", str(tiny.data), "--output_dir", str(tmp_path / "out")]
+        fails_with_one_line(capsys, argv, "autoqra_plan.safetensors")
+
+    def test_report_on_nothing(self, capsys, tmp_path):
+        fails_with_one_line(capsys, ["report", str(tmp_path)], str(tmp_path))
+
+
+class TestRuns:
+    def test_dry_run_of_a_search_writes_nothing(self, capsys, tiny, tmp_path):
+        argv = ["search", *tiny.flags, *SEARCH_FLAGS, "--output_dir", str(tmp_path / "out"), "--dry_run"]
+        assert cli.main(argv) == 0
+        text = capsys.readouterr().out
+        assert "8 bits r=16" in text
+        assert "Smallest plan" in text
+        assert "trials" in text
+        assert not (tmp_path / "out").exists()
+
+    def test_search_leaves_plan_recipe_and_report(self, searched):
+        assert BitRankPlan.from_pretrained(searched / "plan").memory is not None
+        assert (searched / "report.html").read_text().startswith("<!doctype html>")
+        assert yaml.safe_load((searched / "recipe.yaml").read_text())["rank_choices"] == [0, 2, 4]
+
+    def test_the_same_search_again_runs_no_trial_and_prints_the_result(self, capsys, searched):
+        trials = (searched / "trials.jsonl").read_bytes()
+        assert cli.main(["search", "--config", str(searched / "recipe.yaml")]) == 0
+        assert (searched / "trials.jsonl").read_bytes() == trials
+        text = capsys.readouterr().out
+        assert "qlora-4bit" in text
+        assert "±" in text
+        assert f"autoqra train --config {searched / 'recipe.yaml'} --plan {searched / 'plan'}" in text
+
+    def test_printed_next_command_trains(self, capsys, searched):
+        cli.main(["search", "--config", str(searched / "recipe.yaml")])
+        command = capsys.readouterr().out.splitlines()[-1].split()[1:]
+        assert command[:2] == ["autoqra", "train"]
+        assert cli.main(command[1:]) == 0
+        adapter = searched / "adapter"
+        result = json.loads((adapter / "finetune_result.json").read_text())
+        assert result["measured"] == result["estimated"]
+        assert f"held-out loss {result['eval_loss']:.4f}" in capsys.readouterr().out
+        reloaded = AutoPeftModelForCausalLM.from_pretrained(adapter)
+        assert torch.isfinite(reloaded(input_ids=torch.arange(8)[None]).logits).all()
+
+    def test_dry_run_of_a_fine_tune_writes_nothing(self, capsys, tiny, tmp_path):
+        argv = ["train", *tiny.flags, "--bits", "3", "--r", "4", "--output_dir", str(tmp_path / "out"), "--dry_run"]
+        assert cli.main(argv) == 0
+        text = capsys.readouterr().out
+        assert "average 3.00 bits and rank 4.0" in text
+        assert "2 steps, about" in text
+        assert not (tmp_path / "out").exists()
+
+    def test_uniform_nf4_as_in_qlora(self, capsys, tiny, tmp_path):
+        argv = ["train", *tiny.flags, "--quant_backend", "bitsandbytes", "--r", "4"]
+        assert cli.main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
+        assert "(bitsandbytes); adapters start at zero" in capsys.readouterr().out
+
+    def test_part_of_the_training_data_can_be_held_out(self, tiny, tmp_path, monkeypatch):
+        seen = {}
+
+        def capture(inputs):
+            seen.update(vars(inputs))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "FineTune", capture)
+        flags = ["--model_name_or_path", str(tiny.model), "--train_file", str(tiny.data / "train.jsonl")]
+        argv = ["train", *flags, "--test_split_size", "0.25", "--output_dir", str(tmp_path / "out")]
+        assert cli.main(argv) == cli.EXIT_INTERRUPTED
+        assert (len(seen["train_dataset"]), len(seen["eval_dataset"])) == (9, 3)
+
+    def test_report_prints_its_path(self, capsys, searched, tmp_path):
+        assert cli.main(["report", str(searched), "--output", str(tmp_path / "page.html")]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+        assert "<svg" in (tmp_path / "page.html").read_text()

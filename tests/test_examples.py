@@ -1,0 +1,172 @@
+"""The examples run as written, on a tiny model and data; what the README says of the repository is true."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+import yaml
+from huggingface_hub import HfApi
+
+from peft_autoqra import BitRankPlan, cli
+from peft_autoqra.commands import search
+from tests.tiny_folder import TinyFolder, make_tiny_folder
+
+REPOSITORY = Path(__file__).parent.parent
+EXAMPLES = REPOSITORY / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _own_data_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tiny_llama) -> TinyFolder:
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny"), tiny_llama())
+
+
+@pytest.fixture
+def run_example(monkeypatch, tiny, capsys):
+    def run(name: str, *flags: str | Path) -> str:
+        argv = [name, "--model", tiny.model, *flags]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in argv])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plan_folder(tmp_path_factory, tiny) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.model)
+    names = ("mlp.up_proj", "mlp.down_proj")
+    from peft_autoqra import LayerPlan  # noqa: PLC0415
+
+    layers = {f"model.layers.{i}.{name}": LayerPlan(3, 4) for i in range(2) for name in names}
+    assert set(layers) <= {name for name, _ in model.named_modules()}
+    BitRankPlan(layers).save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+def test_search(run_example, tiny, tmp_path):
+    flags = ["--dataset", tiny.data, "--memory_budget", "6bit", "--output_dir", tmp_path / "out"]
+    text = run_example("01_search.py", *flags, "--short_steps", "1", "--final_steps", "1", "--max_length", "16")
+    assert "winner: loss" in text
+    assert "qlora-4bit: loss" in text
+    assert BitRankPlan.from_pretrained(tmp_path / "out" / "plan")
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_finetune_with_plan(run_example, tiny, plan_folder, tmp_path):
+    flags = ["--plan", plan_folder, "--dataset", tiny.data, "--output_dir", tmp_path / "out"]
+    run_example("02_finetune_with_plan.py", *flags, "--max_steps", "1", "--max_length", "16")
+    assert BitRankPlan.from_pretrained(tmp_path / "out") == BitRankPlan.from_pretrained(plan_folder)
+
+
+def test_uniform_without_search(run_example, tiny, tmp_path):
+    flags = ["--dataset", tiny.data, "--rank", "4", "--max_steps", "1", "--max_length", "16"]
+    text = run_example("03_uniform_without_search.py", *flags, "--output_dir", tmp_path / "out")
+    assert "average_bits=3.00" in text
+    assert "held-out loss" in text
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_share_a_plan_in_a_folder(run_example, plan_folder, tmp_path):
+    text = run_example("04_share_a_plan.py", "--plan", plan_folder, "--copy_to", tmp_path / "copy")
+    assert "equal: True" in text
+    assert "pushed" not in text
+
+
+def test_share_a_plan_on_the_hub(run_example, plan_folder, tmp_path, monkeypatch):
+    """The network ends at HfApi: what would be uploaded is looked at instead."""
+    uploaded = {}
+
+    class Created:
+        repo_id = "someone/some-plan"
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+        return "https://hub/commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, **_: Created)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    flags = ["--plan", plan_folder, "--copy_to", tmp_path / "copy", "--repo_id", "some-plan"]
+    assert "pushed: https://hub/commit" in run_example("04_share_a_plan.py", *flags)
+    assert uploaded == {"someone/some-plan": {"autoqra_plan.safetensors", "README.md"}}
+
+
+def test_examples_are_short():
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) < 80, path.name
+
+
+def test_recipe_is_understood_by_search_and_train(monkeypatch, tmp_path):
+    def stop(data, seed):
+        raise KeyboardInterrupt
+
+    from peft_autoqra.commands import train  # noqa: PLC0415
+
+    for module in (search, train):
+        monkeypatch.setattr(module, "load_datasets", stop)
+    recipe = str(EXAMPLES / "recipe.yaml")
+    assert cli.main(["search", "--config", recipe]) == cli.EXIT_INTERRUPTED
+    assert cli.main(["train", "--config", recipe]) == cli.EXIT_INTERRUPTED
+    assert yaml.safe_load(Path(recipe).read_text())["output_dir"] == "search-out"
+
+
+# -------------------------------------------------------------------------------------------------------------- README
+def readme() -> str:
+    return (REPOSITORY / "README.md").read_text()
+
+
+def test_every_path_of_the_file_tree_exists():
+    tree = re.search(r"```text\n(peft_autoqra/.*?)```", readme(), re.DOTALL).group(1)
+    folders: list[str] = []
+    paths = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        for name in re.split(r"  +", line.strip())[0].split(", "):
+            paths.append("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    assert len(paths) > 30
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+
+
+def test_every_module_is_in_the_file_tree():
+    tree = re.search(r"```text\n(peft_autoqra/.*?)```", readme(), re.DOTALL).group(1)
+    modules = [path for path in (REPOSITORY / "peft_autoqra").rglob("*.py") if path.name != "__init__.py"]
+    assert [path.name for path in modules if path.name not in tree] == []
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!http|#)([^)]+)\)", readme())
+    assert links
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_flags_in_commands_are_real(capsys):
+    commands = re.findall(r"^autoqra (search|train) (.*?)(?<!\\)$", readme(), re.MULTILINE | re.DOTALL)
+    assert len(commands) >= 3
+    for command, flags in commands:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help_all"])
+        known = capsys.readouterr().out
+        for flag in re.findall(r"--\w+", flags):
+            assert flag in known, f"autoqra {command} {flag}"
+
+
+def test_python_blocks_compile():
+    blocks = re.findall(r"```python\n(.*?)```", readme(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")

@@ -1,0 +1,52 @@
+"""The README.md of a plan's folder."""
+
+from __future__ import annotations
+
+import yaml
+from huggingface_hub import ModelCard
+
+from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan
+
+PLAN = BitRankPlan(
+    {"a": LayerPlan(2, 4), "b": LayerPlan(4, 8)},
+    base_model=BaseModelInfo(name_or_path="someone/some-model"),
+    memory=MemoryEstimate(
+        weight_bytes=1000,
+        metadata_bytes=20,
+        untouched_bytes=300,
+        adapter_bytes=4,
+        gradient_bytes=4,
+        optimizer_bytes=8,
+    ),
+    provenance={"held_out_loss": 2.71828, "steps": 30, "budget_bytes": 1_500_000, "budget_scope": "training"},
+)
+
+
+def test_card_says_what_the_plan_is_and_how_to_load_it(tmp_path):
+    PLAN.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == "someone/some-model"
+    assert set(card.data.tags) == {"autoqra", "lora", "quantization"}
+    for text in ("1 at 2 bits, 1 at 4 bits", "3.00", "6.0", "2.7183 after 30 steps", "1.5 MB (training)", "1,336"):
+        assert text in card.text
+    code = card.text.split("```python")[1]
+    assert code.index("import peft_autoqra") < code.index("from peft import")
+
+
+def test_folder_as_base_model_stays_out_of_the_header(tmp_path):
+    PLAN.replace(base_model=BaseModelInfo(name_or_path=str(tmp_path))).save_pretrained(tmp_path)
+    header = (tmp_path / "README.md").read_text().split("---")[1]
+    assert "base_model" not in yaml.safe_load(header)
+
+
+def test_card_of_a_bare_plan(tmp_path):
+    BitRankPlan({"a": LayerPlan(3, 0)}).save_pretrained(tmp_path)
+    assert "## Memory" not in (tmp_path / "README.md").read_text()
+
+
+def test_existing_readme_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    PLAN.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"

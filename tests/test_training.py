@@ -1,0 +1,174 @@
+"""The fine-tune that ``autoqra train`` and scripts/finetune.py share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftModel
+from trl import SFTConfig
+
+from peft_autoqra import AutoQRAConfig, BaseModelInfo, BitRankPlan, LayerPlan, uniform_plan
+from peft_autoqra.errors import CalibrationError, InvalidPlanError, PlanMismatchError
+from peft_autoqra.recipe import AdapterArguments, RecipeError
+from peft_autoqra.training import FineTune, FineTuneInputs
+from tests.tiny_data import token_dataset, word_tokenizer
+from tests.tiny_folder import TinyFolder, make_tiny_folder
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def make_finetune(tiny_llama, tmp_path):
+    def make(train: Dataset | None = None, optim: str = "adamw_torch", **adapter) -> FineTune:
+        args = SFTConfig(
+            output_dir=str(tmp_path / "adapter"),
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=4,
+            max_steps=3,
+            max_length=16,
+            learning_rate=1e-2,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            optim=optim,
+        )
+        return FineTune(
+            FineTuneInputs(
+                model=tiny_llama(),
+                processing_class=word_tokenizer(),
+                train_dataset=token_dataset(seed=0) if train is None else train,
+                eval_dataset=token_dataset(seed=1),
+                args=args,
+                adapter=AdapterArguments(**({"num_calibration_sequences": 4} | adapter)),
+            )
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"bits": 3, "r": 4},
+        {"bits": 2, "r": 4, "num_calibration_sequences": 0},
+        {"bits": 16, "r": 2},
+        {"quant_backend": "bitsandbytes", "r": 4},
+        {"bits": 8, "r": 2, "target_modules": ["q_proj", "v_proj"]},
+    ],
+)
+def test_measured_bytes_are_the_estimated_ones(make_finetune, adapter):
+    result = make_finetune(**adapter).run()
+    assert result.measured == result.estimated
+    assert result.measured.gradient_bytes > 0
+
+
+def test_trained_adapter_scores_the_same_after_a_reload(make_finetune, tiny_llama, tmp_path):
+    finetune = make_finetune(bits=3, r=4)
+    result = finetune.run()
+    tokens = torch.arange(12)[None]
+    trained = finetune.trainer.model.eval()(input_ids=tokens).logits
+    assert json.loads((tmp_path / "adapter" / "finetune_result.json").read_text()) == result.to_dict()
+    assert (tmp_path / "adapter" / "tokenizer.json").exists()
+    reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
+    assert torch.equal(reloaded(input_ids=tokens).logits, trained)
+    assert BitRankPlan.from_pretrained(tmp_path / "adapter") == finetune.plan
+
+
+def test_training_lowers_the_loss(make_finetune):
+    finetune = make_finetune(bits=4, r=8)
+    before = finetune.trainer.evaluate()["eval_loss"]
+    assert finetune.run().eval_loss < before
+
+
+def test_uniform_native_plans_are_calibrated_unless_told_otherwise(make_finetune):
+    assert make_finetune(bits=3, r=4).plan.initialization == "compensate"
+    assert make_finetune(bits=3, r=4, num_calibration_sequences=0).plan.initialization == "zero"
+    assert make_finetune(quant_backend="bitsandbytes").plan.initialization == "zero"
+
+
+def test_plan_from_a_folder_decides(make_finetune, tiny_llama, tmp_path):
+    plan = uniform_plan(tiny_llama(), 3, 2).replace(provenance={"lora_alpha": 4})
+    plan.save_pretrained(tmp_path / "plan")
+    finetune = make_finetune(plan=str(tmp_path / "plan"))
+    config: AutoQRAConfig = finetune.trainer.model.peft_config["default"]
+    assert (finetune.plan, config.r, config.lora_alpha) == (plan, 2, 4)
+    finetune = make_finetune(plan=str(tmp_path / "plan"), lora_alpha=16)
+    assert finetune.trainer.model.peft_config["default"].lora_alpha == 16
+
+
+def test_estimate_changes_no_weight(make_finetune):
+    finetune = make_finetune(bits=4, r=4)
+    before = {name: p.detach().clone() for name, p in finetune.trainer.model.named_parameters()}
+    estimate = finetune.estimate()
+    assert estimate.num_steps == 3
+    assert estimate.seconds > 0
+    for name, parameter in finetune.trainer.model.named_parameters():
+        assert torch.equal(before[name], parameter)
+        assert parameter.grad is None
+
+
+def test_optimizer_whose_states_are_not_known(make_finetune):
+    result = make_finetune(optim="adafactor", r=4).run()
+    assert result.estimated is None
+    assert result.measured.optimizer_bytes > 0
+
+
+def test_plan_of_another_model_is_refused(make_finetune, tmp_path):
+    plan = BitRankPlan({"h.0.attn": LayerPlan(4, 4)}, base_model=BaseModelInfo(name_or_path="gpt2"))
+    plan.save_pretrained(tmp_path / "plan")
+    with pytest.raises(PlanMismatchError, match=r"h\.0\.attn.*gpt2"):
+        make_finetune(plan=str(tmp_path / "plan"))
+
+
+def test_bad_settings_are_refused(make_finetune):
+    with pytest.raises(InvalidPlanError, match="bits=5"):
+        make_finetune(bits=5)
+    with pytest.raises(RecipeError, match="at least 0"):
+        make_finetune(num_calibration_sequences=-1)
+    with pytest.raises(CalibrationError, match="empty"):
+        make_finetune(train=Dataset.from_dict({"input_ids": []}))
+
+
+@pytest.mark.slow
+class TestLaunchers:
+    """Real launchers in processes of their own; each imports everything anew."""
+
+    @pytest.fixture(scope="module")
+    def tiny(self, tmp_path_factory, tiny_llama) -> TinyFolder:
+        return make_tiny_folder(tmp_path_factory.mktemp("tiny"), tiny_llama())
+
+    @pytest.mark.parametrize(
+        ("launcher", "flags"),
+        [
+            (["accelerate.commands.launch", "--cpu", "--num_processes", "1"], []),
+            (["torch.distributed.run", "--nproc_per_node", "2"], ["--ddp_backend", "gloo"]),
+        ],
+        ids=["accelerate", "torchrun-2"],
+    )
+    def test_first_process_alone_writes_and_prints(self, tiny, tmp_path, launcher, flags):
+        script = str(REPOSITORY / "scripts" / "finetune.py")
+        argv = [*tiny.flags, "--bits", "3", "--r", "4", "--output_dir", str(tmp_path / "adapter"), *flags]
+        variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, script, *argv],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | variables,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("held-out loss") == 1
+        result = json.loads((tmp_path / "adapter" / "finetune_result.json").read_text())
+        assert result["measured"] == result["estimated"]
+        model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        assert torch.isfinite(model(input_ids=torch.arange(8)[None]).logits).all()
