@@ -17,10 +17,13 @@ from peft_autoqra.report import write_report
 
 
 def main() -> None:
+    """Search and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
     parser.add_argument("--dataset", default="trl-lib/Capybara", help="hub id or folder with train and test files")
-    parser.add_argument("--memory_budget", default="qlora-4bit-r16", help="bytes, 6GB, 3.2bit, 0.75*qlora-4bit-r16 ...")
+    parser.add_argument(
+        "--memory_budget", default="qlora-4bit-r16", help="bytes, 6GB, 3.2bit, 0.75*qlora-4bit-r16 ..."
+    )
     parser.add_argument("--output_dir", default="search-out")
     parser.add_argument("--short_steps", type=int, default=10, help="training steps of a trial")
     parser.add_argument("--final_steps", type=int, default=30, help="training steps of the last few trials")

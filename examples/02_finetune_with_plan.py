@@ -1,6 +1,6 @@
 """Fine-tune with a plan, save the adapter, and load it again.
 
-    python examples/02_finetune_with_plan.py --plan search-out/plan --output_dir adapter
+python examples/02_finetune_with_plan.py --plan search-out/plan --output_dir adapter
 """
 
 import argparse
@@ -15,6 +15,7 @@ from peft_autoqra import AutoQRAConfig, BitRankPlan  # importing the package reg
 
 
 def main() -> None:
+    """Train, save, reload, generate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", default="search-out/plan", help="folder or hub id")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the plan's base model")

@@ -18,6 +18,7 @@ from peft_autoqra.evaluation.sft import SFTData
 
 
 def main() -> None:
+    """Calibrate, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=3, help="2, 3, 4, 8 or 16")
     parser.add_argument("--rank", type=int, default=16)

@@ -15,6 +15,7 @@ from peft_autoqra import AutoQRAConfig, BitRankPlan
 
 
 def main() -> None:
+    """Save, push where asked, load, apply."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", default="search-out/plan", help="folder or hub id")
     parser.add_argument("--copy_to", default="shared-plan", help="folder to save to, with a model card")

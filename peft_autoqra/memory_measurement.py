@@ -46,7 +46,7 @@ def _base_layer(module: nn.Module) -> nn.Module:
 
 
 def _weight_tensors(layer: nn.Module) -> list[Tensor]:
-    return [layer.W_q] if isinstance(layer, QuantLinear) else [layer.weight]
+    return [layer.W_q] if isinstance(layer, QuantLinear) else [layer.weight]  # type: ignore[list-item]
 
 
 def _metadata_tensors(layer: nn.Module) -> Iterator[Tensor]:

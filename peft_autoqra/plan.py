@@ -362,7 +362,7 @@ class BitRankPlan(
             self.calibration.save(save_directory)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
         *,

@@ -103,5 +103,5 @@ def _checksum(tensors: Mapping[str, npt.NDArray[np.generic]]) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key}:{tensor.dtype}:{tensor.shape}:".encode())
-        digest.update(np.ascontiguousarray(tensor))
+        digest.update(tensor.tobytes())
     return digest.hexdigest()[:32]

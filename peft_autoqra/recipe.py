@@ -50,7 +50,7 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder of a data set."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, e.g. train[:1000]."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, such as train[:1000]."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     train_file: str | None = field(default=None, metadata={"help": "Local .json(l), .csv, .parquet or .txt file."})
     eval_file: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on."})
@@ -92,7 +92,10 @@ class AdapterArguments:
 
     plan: str | None = field(default=None, metadata={"help": "Folder or hub id of a plan."})
     bits: int | None = field(default=None, metadata={"help": "Without a plan: 2, 3, 4, 8 or 16; 4 where left out."})
-    r: int | None = field(default=None, metadata={"help": "Without a plan: the rank; 16 where left out."})
+    # torchrun takes --r for an abbreviation of its own flags, hence TRL's name beside PEFT's.
+    r: int | None = field(
+        default=None, metadata={"help": "Without a plan: the rank; 16 where left out.", "aliases": ["--lora_r"]}
+    )
     quant_backend: str | None = field(
         default=None,
         metadata={"help": "Without a plan: native, or bitsandbytes (NF4).", "choices": ["native", "bitsandbytes"]},

@@ -23,7 +23,8 @@ th,td{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid var(--line)
 th{color:var(--soft);font-weight:500}.number{text-align:right;padding-left:8px;font-variant-numeric:tabular-nums}
 pre{background:var(--panel);border-radius:6px;padding:12px;overflow-x:auto;font-size:.85rem}
 summary{cursor:pointer;color:var(--soft)}
-.figure{max-width:100%;height:auto;display:block}.figure[width="680"]{min-width:560px}.figure text{fill:var(--soft);font-size:11px}
+.figure{max-width:100%;height:auto;display:block}.figure[width="680"]{min-width:560px}
+.figure text{fill:var(--soft);font-size:11px}
 .figure .panel-title{fill:var(--ink);font-size:12px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin:6px 0;font-size:.85rem}
 .key{display:inline-flex;align-items:center;gap:6px}.swatch{width:14px;height:14px;border-radius:2px}

@@ -204,9 +204,8 @@ def answer_accuracy(model: PeftModel, questions: Dataset, tokenizer: PreTrainedT
     correct = 0
     for first in range(0, len(questions), 16):
         rows = questions.select(range(first, min(first + 16, len(questions))))
-        batch = tokenizer(list(rows["prompt"]), padding=True, padding_side="right", return_tensors="pt")
-        last = batch["attention_mask"].sum(1) - 1
-        logits = model(**batch).logits[torch.arange(len(rows)), last]
+        batch = tokenizer(list(rows["prompt"]), padding=True, padding_side="left", return_tensors="pt").to(model.device)
+        logits = model(**batch, logits_to_keep=1).logits[:, -1].cpu()
         predicted = logits[:, answer_ids].argmax(1)
         wanted = torch.tensor([ANSWERS.index(completion) for completion in rows["completion"]])
         correct += int((predicted == wanted).sum())

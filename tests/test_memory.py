@@ -154,12 +154,12 @@ def test_names_that_the_model_does_not_have() -> None:
 
 
 def test_bits_that_the_backend_does_not_have() -> None:
-    with pytest.raises(InvalidPlanError, match="bits=3 of 'layer'.*4 bits"):
+    with pytest.raises(InvalidPlanError, match=r"bits=3 of 'layer'.*4 bits"):
         MemoryModel({"layer": ModuleShape(8, 64, 4)}, 0).estimate({"layer": LayerPlan(3, 0)}, NF4)
 
 
 def test_an_optimizer_of_unknown_size() -> None:
-    with pytest.raises(InvalidPlanError, match=r"'adafactor' is not known; use one of \['adamw_torch'"):
+    with pytest.raises(InvalidPlanError, match=r"'adafactor' is not known; use one of \('adamw_torch'"):
         MemoryModel({}, 0, "adafactor")
 
 
@@ -182,7 +182,7 @@ def test_target_modules_that_cannot_be_planned(
 
 def test_a_quantized_model_cannot_be_planned_again(tiny_llama: TinyLlamaFactory) -> None:
     model = get_peft_model(tiny_llama(), AutoQRAConfig(bits=4, r=4)).unload()
-    with pytest.raises(InvalidPlanError, match="QuantLinear.*without quantization"):
+    with pytest.raises(InvalidPlanError, match=r"QuantLinear.*without quantization"):
         MemoryModel.from_model(model, target_modules=["q_proj"])
 
 
@@ -296,7 +296,7 @@ def test_a_budget_in_bits_per_weight_counts_what_is_stored() -> None:
     "text", ["", "lots", "6 XB", "GB", "-6GB", "6GB extra", "qlora-3bit-r16", "qlora", "6ib", "1e9"]
 )
 def test_budgets_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(MemoryBudgetError, match="cannot be read; write bytes, '6GB', '3.2bit' or") as error:
+    with pytest.raises(MemoryBudgetError, match=r"cannot be read; write bytes, '6GB', '3\.2bit' or") as error:
         resolve_budget(text, SMALL)
     assert repr(text) in str(error.value)
 

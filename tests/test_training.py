@@ -24,6 +24,11 @@ from tests.tiny_folder import TinyFolder, make_tiny_folder
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tiny_llama) -> TinyFolder:
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny"), tiny_llama())
+
+
 @pytest.fixture
 def make_finetune(tiny_llama, tmp_path):
     def make(train: Dataset | None = None, optim: str = "adamw_torch", **adapter) -> FineTune:
@@ -142,10 +147,6 @@ def test_bad_settings_are_refused(make_finetune):
 class TestLaunchers:
     """Real launchers in processes of their own; each imports everything anew."""
 
-    @pytest.fixture(scope="module")
-    def tiny(self, tmp_path_factory, tiny_llama) -> TinyFolder:
-        return make_tiny_folder(tmp_path_factory.mktemp("tiny"), tiny_llama())
-
     @pytest.mark.parametrize(
         ("launcher", "flags"),
         [
@@ -156,7 +157,7 @@ class TestLaunchers:
     )
     def test_first_process_alone_writes_and_prints(self, tiny, tmp_path, launcher, flags):
         script = str(REPOSITORY / "scripts" / "finetune.py")
-        argv = [*tiny.flags, "--bits", "3", "--r", "4", "--output_dir", str(tmp_path / "adapter"), *flags]
+        argv = [*tiny.flags, "--bits", "3", "--lora_r", "4", "--output_dir", str(tmp_path / "adapter"), *flags]
         variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
         done = subprocess.run(
             [sys.executable, "-m", *launcher, script, *argv],

@@ -11,15 +11,57 @@ from transformers import PreTrainedModel
 
 from tests.tiny_data import word_tokenizer
 
-SEARCH_FLAGS = (
-    "--memory_budget qlora-4bit-r8 --rank_choices 0 2 4 --bit_choices 2 4 8 --num_calibration_sequences 4 "
-    "--num_eval_sequences 4 --population_size 4 --num_generations 1 --num_promoted 1 --num_trust_region_trials 0 "
-    "--short_steps 1 --final_steps 1 --num_finalists 1"
-).split()
-RECIPE_FLAGS = (
-    "--max_length 16 --per_device_train_batch_size 2 --per_device_eval_batch_size 4 --learning_rate 1e-3 "
-    "--max_steps 2 --bf16 false --gradient_checkpointing false --use_cpu --report_to none --disable_tqdm true"
-).split()
+SEARCH_FLAGS = [
+    "--memory_budget",
+    "qlora-4bit-r8",
+    "--rank_choices",
+    "0",
+    "2",
+    "4",
+    "--bit_choices",
+    "2",
+    "4",
+    "8",
+    "--num_calibration_sequences",
+    "4",
+    "--num_eval_sequences",
+    "4",
+    "--population_size",
+    "4",
+    "--num_generations",
+    "1",
+    "--num_promoted",
+    "1",
+    "--num_trust_region_trials",
+    "0",
+    "--short_steps",
+    "1",
+    "--final_steps",
+    "1",
+    "--num_finalists",
+    "1",
+]
+RECIPE_FLAGS = [
+    "--max_length",
+    "16",
+    "--per_device_train_batch_size",
+    "2",
+    "--per_device_eval_batch_size",
+    "4",
+    "--learning_rate",
+    "1e-3",
+    "--max_steps",
+    "2",
+    "--bf16",
+    "false",
+    "--gradient_checkpointing",
+    "false",
+    "--use_cpu",
+    "--report_to",
+    "none",
+    "--disable_tqdm",
+    "true",
+]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import argparse
 import copy
 import difflib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -103,7 +104,8 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
 
     def error(self, message: str) -> NoReturn:
         """One line instead of a page of usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        print(f"{self.prog}: {message}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
 
     def _parse_namespace(self, argv: Sequence[str]) -> argparse.Namespace:
         arguments = [part for argument in argv for part in _split_config(argument)]
@@ -114,7 +116,8 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
             if position + 1 == len(arguments):
                 raise RecipeError("--config needs a file.")
             self._apply_recipe(_read_recipe(Path(arguments[position + 1])))
-        namespace, unknown = self.parse_known_args(arguments)
+        namespace = argparse.Namespace()
+        _, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             raise RecipeError(self._unknown(unknown[0].split("=")[0], "--"))
         return namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 import torch
@@ -23,6 +24,10 @@ class QuantBackend(Protocol):
 
     def quantize(self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str) -> nn.Module:
         """The quantized layer; ``linear`` stays as it is."""
+        ...
+
+    def could_have_made(self, layer: nn.Module, bits: int, input_second_moment: Tensor | None, name: str) -> bool:
+        """Whether ``layer`` is what :meth:`quantize` makes with these arguments of some dense layer."""
         ...
 
     def num_bytes(self, out_features: int, in_features: int, bits: int, name: str) -> tuple[int, int]:
@@ -52,7 +57,18 @@ class NativeBackend:
             weight = quantize_affine(
                 linear.weight, bits=bits, group_size=group_size, input_second_moment=input_second_moment
             )
-        return QuantLinear(weight, linear.bias, linear.weight.dtype)
+        layer = QuantLinear(weight, linear.bias, linear.weight.dtype)
+        layer.moment_digest = _digest(input_second_moment)
+        return layer
+
+    def could_have_made(self, layer: nn.Module, bits: int, input_second_moment: Tensor | None, name: str) -> bool:
+        """By type, bits, group size and calibration."""
+        return (
+            isinstance(layer, QuantLinear)
+            and layer.bits == bits
+            and layer.weight_format.group_size == fit_group_size(self.group_size, layer.in_features, name)
+            and layer.moment_digest == _digest(input_second_moment)
+        )
 
     def num_bytes(self, out_features: int, in_features: int, bits: int, name: str) -> tuple[int, int]:
         """Bytes of (codes, metadata)."""
@@ -73,6 +89,11 @@ class BitsAndBytesBackend:
         self.num_bytes(linear.out_features, linear.in_features, bits, name)
         return NF4Linear(linear)
 
+    def could_have_made(self, layer: nn.Module, bits: int, input_second_moment: Tensor | None, name: str) -> bool:
+        """By type and bits."""
+        del input_second_moment, name
+        return isinstance(layer, NF4Linear) and bits == NF4Linear.bits
+
     def num_bytes(self, out_features: int, in_features: int, bits: int, name: str) -> tuple[int, int]:
         """Bytes of (codes, metadata): per 64 weights one byte of scale, per 256 scales 4 bytes, codebooks."""
         if bits != NF4Linear.bits:
@@ -87,6 +108,10 @@ class BitsAndBytesBackend:
         return -(-num_weights // 2), num_blocks + nested + offset_bytes + NF4_CODEBOOK_BYTES
 
 
+def _digest(moment: Tensor | None) -> str | None:
+    return None if moment is None else hashlib.sha256(moment.float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
 def make_backend(settings: QuantizerSettings) -> QuantBackend:
     """The backend of a plan's quantizer settings."""
     if settings.backend == "bitsandbytes":
@@ -94,7 +119,7 @@ def make_backend(settings: QuantizerSettings) -> QuantBackend:
     return NativeBackend(settings.group_size)
 
 
-def dense_linear(layer: nn.Module) -> nn.Linear:
+def dense_linear(layer: QuantLinear | NF4Linear) -> nn.Linear:
     """An ``nn.Linear`` with the dequantized weight of a quantized layer and a copy of its bias."""
     weight = layer.dequantize()
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)

@@ -29,11 +29,12 @@ class _QuantizedLinear(torch.autograd.Function):
         return torch.nn.functional.linear(x, dequantize(weight_format, codes, scale_codes, scale_base, x.dtype), bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         input_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            weight = dequantize(ctx.weight_format, *ctx.saved_tensors, output_gradient.dtype)
+            codes, scale_codes, scale_base = ctx.saved_tensors
+            weight = dequantize(ctx.weight_format, codes, scale_codes, scale_base, output_gradient.dtype)
             input_gradient = output_gradient @ weight
         if ctx.needs_input_grad[1]:
             bias_gradient = output_gradient.reshape(-1, output_gradient.shape[-1]).sum(0)
@@ -52,15 +53,22 @@ class QuantLinear(nn.Module):
         compute_dtype: dtype that :meth:`dequantize` returns by default: that of the weight before, until
             ``module.to(dtype)`` changes it.
 
+    Attributes:
+        moment_digest: hash of the input moments that the codes were fitted with, None without; two adapters can share
+            the layer only when both expect the same.
+
     Shape:
         input ``[..., in_features]`` -> output ``[..., out_features]``, in the dtype of the input (or of autocast).
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, compute_dtype: torch.dtype) -> None:
         """Take over the tensors of ``weight``."""
         super().__init__()
         self.weight_format = weight.format
         self.compute_dtype = compute_dtype
+        self.moment_digest: str | None = None
         self.W_q = nn.Parameter(weight.codes, requires_grad=False)
         self.scale_codes = nn.Parameter(weight.scale_codes, requires_grad=False)
         self.scale_base = nn.Parameter(weight.scale_base, requires_grad=False)
@@ -90,14 +98,14 @@ class QuantLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        output: Tensor = _QuantizedLinear.apply(
+        output: Tensor = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
             x, bias, self.W_q, self.scale_codes, self.scale_base, self.weight_format
         )
         return output
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         """Let the compute dtype follow ``module.to(dtype)``, of which the integer tensors show nothing."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 

@@ -24,6 +24,7 @@ class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
     """
 
     bits = 4
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear) -> None:
         """Quantize the weight on the device it is on."""
@@ -58,5 +59,5 @@ class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, ``[out_features, in_features]``, in ``dtype`` or the dtype before quantization."""
-        dense = bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+        dense: Tensor = bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
         return dense.to(dtype or self.original_dtype)

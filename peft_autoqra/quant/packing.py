@@ -49,7 +49,8 @@ def _code_table(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         shifts = torch.arange(index_bits // bits, device=device) * bits
         indices = torch.arange(2**index_bits, device=device)
-        return ((indices[:, None] >> shifts) & (2**bits - 1)).to(dtype)
+        codes: Tensor = (indices[:, None] >> shifts) & (2**bits - 1)
+        return codes.to(dtype)
 
 
 _cached_code_table = lru_cache(maxsize=64)(_code_table)

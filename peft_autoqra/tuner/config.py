@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.plan import ADAPTER_FILE, FORMAT_VERSION, BitRankPlan, LayerPlan, QuantizerSettings
+from peft_autoqra.plan import ADAPTER_FILE, DENSE_BITS, FORMAT_VERSION, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import PlanCalibration
 
 COMPENSATE = "compensate"
@@ -32,9 +32,9 @@ class AutoQRAConfig(LoraConfig):
     the adapter as plain LoRA.
 
     Args:
-        plan: bits and rank of every module: a :class:`~peft_autoqra.BitRankPlan`, or a folder or hub id of one. It
-            decides ``target_modules``, ``r``, ``rank_pattern``, ``bits_pattern`` and the quantizer; giving any of them
-            beside it is an error.
+        plan: bits and rank of every module: a :class:`~peft_autoqra.BitRankPlan`, a mapping like it, or a folder or
+            hub id of one. It decides ``target_modules``, ``r``, ``rank_pattern``, ``bits_pattern`` and the quantizer;
+            giving any of them beside it is an error.
         bits: bits of the targeted modules without a plan: 2, 3, 4, 8 or 16 (unquantized).
         bits_pattern: module name or regular expression to bits, matched as ``rank_pattern`` is; takes precedence over
             ``bits``. A module that matches but is not targeted is quantized without an adapter.
@@ -55,6 +55,9 @@ class AutoQRAConfig(LoraConfig):
             that contradict the plan.
     """
 
+    if TYPE_CHECKING:
+        target_modules: Any
+
     # PEFT reads the metadata of these two fields, so a new default must keep it.
     init_lora_weights: Any = field(default=None, metadata=_lora_metadata("init_lora_weights"))
     use_rslora: bool | None = field(default=None, metadata=_lora_metadata("use_rslora"))
@@ -62,7 +65,7 @@ class AutoQRAConfig(LoraConfig):
     bits: int = 4
     bits_pattern: dict[str, int] = field(default_factory=dict)
     group_size: int = 64
-    quant_backend: str = "native"
+    quant_backend: Literal["native", "bitsandbytes"] = "native"
     base_fingerprint: str | None = None
     calibrated: bool = False
     autoqra_version: int = FORMAT_VERSION
@@ -71,6 +74,8 @@ class AutoQRAConfig(LoraConfig):
         """Apply the plan, check, and let LoraConfig do its part."""
         if isinstance(self.plan, str | Path):
             self.plan = BitRankPlan.from_pretrained(self.plan)
+        elif isinstance(self.plan, Mapping) and not isinstance(self.plan, BitRankPlan):
+            self.plan = BitRankPlan(self.plan)
         self.calibration: PlanCalibration | None = None
         if self.plan is not None:
             self._apply_plan(self.plan)
@@ -85,6 +90,12 @@ class AutoQRAConfig(LoraConfig):
         super().__post_init__()
 
     def _apply_plan(self, plan: BitRankPlan) -> None:
+        if not isinstance(plan, BitRankPlan):
+            raise InvalidPlanError(f"plan={plan!r} must be a BitRankPlan, a mapping like one, a folder or a hub id.")
+        bits_pattern = {exact_pattern(name): layer.bits for name, layer in plan.items()}
+        self.calibration = plan.calibration
+        if self.bits_pattern == bits_pattern:  # a copy made by dataclasses.replace, as PEFT does to combine adapters
+            return
         given = [name for name in ("target_modules", "rank_pattern", "bits_pattern") if getattr(self, name)]
         if given:
             raise InvalidPlanError(f"The plan already decides {given}; leave them out, or give no plan.")
@@ -94,10 +105,9 @@ class AutoQRAConfig(LoraConfig):
         self.target_modules = list(ranks)
         self.r = max(ranks.values())
         self.rank_pattern = {exact_pattern(name): rank for name, rank in ranks.items() if rank != self.r}
-        self.bits_pattern = {exact_pattern(name): layer.bits for name, layer in plan.items()}
+        self.bits_pattern = bits_pattern
         self.quant_backend, self.group_size = plan.quantizer.backend, plan.quantizer.group_size
         self.base_fingerprint = plan.base_model.fingerprint
-        self.calibration = plan.calibration
         self.calibrated = self.calibration is not None and bool(self.calibration.input_second_moments)
         if self.init_lora_weights is None and plan.initialization == COMPENSATE:
             self.init_lora_weights = COMPENSATE
@@ -105,6 +115,12 @@ class AutoQRAConfig(LoraConfig):
     def _check_values(self) -> None:
         for bits in (self.bits, *self.bits_pattern.values()):
             LayerPlan(bits, 0)
+        for rank in (self.r, *(self.rank_pattern or {}).values()):
+            if LayerPlan(DENSE_BITS, rank).rank == 0:
+                raise InvalidPlanError(
+                    "rank 0: an adapter needs a rank of at least 1. Only a plan may hold 0 (no adapter); without one, "
+                    "narrow target_modules."
+                )
         for pattern in self.bits_pattern:
             try:
                 re.compile(pattern)

@@ -18,12 +18,14 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
     the latter aside. So merging loses nothing to a second quantization, and unmerging restores the codes exactly.
     """
 
+    base_layer: nn.Module
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         """As PEFT's ``lora.Linear``."""
         super().__init__(base_layer, adapter_name, **kwargs)
         self._unmerged_layer: list[nn.Module] = []  # in a list, so that it is no submodule while merged
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         """Sizes of the base layer, whose class PEFT does not know."""
         return module.in_features, module.out_features
 
@@ -52,7 +54,7 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
 
     def _restore(self) -> None:
         if self._unmerged_layer:
-            device = self.base_layer.weight.device
+            device = next(self.base_layer.parameters()).device
             self.base_layer = self._unmerged_layer.pop().to(device)
 
     def __repr__(self) -> str:

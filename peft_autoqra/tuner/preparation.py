@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -16,14 +15,14 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.integrations import _skip_init_on_device
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.plan import DENSE_BITS, BaseModelInfo, BitRankPlan, LayerPlan
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backend
-from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
+from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, exact_pattern
 
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
@@ -40,6 +39,11 @@ class _Target:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.layer.out_features, self.layer.in_features  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out_features, in_features]``; dense layers only."""
+        return self.layer.weight  # type: ignore[return-value]
 
 
 def quantize_base(model: nn.Module, config: AutoQRAConfig) -> BitRankPlan:
@@ -62,8 +66,10 @@ def quantize_base(model: nn.Module, config: AutoQRAConfig) -> BitRankPlan:
     targets = _resolve_targets(model, config)
     for target in targets:
         _check_target(target, config)
+    _check_no_adapter_would_change(model, targets)
     fingerprint = _check_fingerprint(targets, config)
     _swap_all(model, targets, config)
+    _record_exact_patterns(targets, config)
     return _resolved_plan(targets, config, fingerprint)
 
 
@@ -86,34 +92,49 @@ def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[_Target]:
     if config.plan is not None:
         _check_names(config.plan, layers)
     targets = []
-    matched_patterns = set()
+    matched = set()
     for name, layer in layers.items():
-        bits_key = get_pattern_key(config.bits_pattern.keys(), name)
-        has_own_bits = bits_key in config.bits_pattern
-        adapted = check_target_module_exists(config, name)
-        adapted = bool(adapted) and not isinstance(adapted, _ExcludedModule)
-        if has_own_bits:
-            matched_patterns.add(bits_key)
+        bits_key, rank_key = _matching_key(config.bits_pattern, name), _matching_key(config.rank_pattern, name)
+        found = check_target_module_exists(config, name)
+        adapted = bool(found) and not isinstance(found, _ExcludedModule)
         named = config.plan is not None and name in config.plan
-        if adapted or named or (has_own_bits and isinstance(layer, (nn.Linear, *QUANTIZED_LAYERS))):
-            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-            bits = config.bits_pattern.get(bits_key, config.bits)
+        quantized = isinstance(layer, QUANTIZED_LAYERS)  # by an earlier adapter; a reload has to do it as well
+        matched.add(bits_key)
+        if adapted:
+            matched.add(rank_key)
+        if adapted or named or quantized or (bits_key is not None and isinstance(layer, nn.Linear)):
+            default_bits = layer_bits(layer) if quantized and not adapted else config.bits
+            bits = default_bits if bits_key is None else config.bits_pattern[bits_key]
+            rank = config.r if rank_key is None else config.rank_pattern[rank_key]
             targets.append(_Target(name, layer, LayerPlan(bits, rank if adapted else 0)))
-    _check_matches(targets, matched_patterns, layers, config)
+    _check_matches(targets, matched, layers, config)
     return targets
 
 
+def _matching_key(patterns: Mapping[str, int], name: str) -> str | None:
+    """The key that PEFT would use for a module; exact ones are looked up first, a plan has one for each module."""
+    exact = exact_pattern(name)
+    if exact in patterns:
+        return exact
+    key = get_pattern_key(patterns.keys(), name)
+    return key if key in patterns else None
+
+
 def _check_matches(
-    targets: list[_Target], matched_patterns: set[str], layers: Mapping[str, nn.Module], config: AutoQRAConfig
+    targets: list[_Target], matched: set[str | None], layers: Mapping[str, nn.Module], config: AutoQRAConfig
 ) -> None:
     """Every name and pattern has to match something."""
     wanted = config.target_modules
-    suffixes = [] if isinstance(wanted, str) else [s for s in wanted if not _is_suffix_of_any(s, layers)]
+    suffixes = [s for s in wanted if not _is_suffix_of_any(s, layers)] if not isinstance(wanted, str) else []
     if suffixes or not (config.target_parameters or any(target.wanted.rank for target in targets)):
         raise InvalidPlanError(f"target_modules {suffixes or wanted} match no module; {_examples(layers)}")
-    unmatched = sorted(set(config.bits_pattern) - matched_patterns)
-    if unmatched:
-        raise InvalidPlanError(f"bits_pattern keys {unmatched[:3]} match no module; {_examples(layers)}")
+    for field in ("bits_pattern", "rank_pattern"):
+        unmatched = sorted(set(getattr(config, field)) - matched)
+        if unmatched:
+            raise InvalidPlanError(
+                f"{field} keys {unmatched[:3]} match no module, or none that an earlier key does not match already; "
+                f"{_examples(layers)}"
+            )
 
 
 def _is_suffix_of_any(suffix: str, names: Iterable[str]) -> bool:
@@ -140,10 +161,11 @@ def _check_target(target: _Target, config: AutoQRAConfig) -> None:
     """Everything that could go wrong with one layer."""
     name, layer, wanted = target.name, target.layer, target.wanted
     if isinstance(layer, QUANTIZED_LAYERS):
-        if layer_bits(layer) != wanted.bits:
+        if not make_backend(config.quantizer).could_have_made(layer, wanted.bits, _moment(target, config), name):
             raise InvalidPlanError(
-                f"{name!r} is quantized to {layer_bits(layer)} bits already, the new adapter wants {wanted.bits}; "
-                "load the base model again, or use the same bits."
+                f"{name!r} is quantized to {layer_bits(layer)} bits already, and not as the new adapter wants: "
+                f"{wanted.bits} bits, {config.quantizer}, {'with' if config.calibrated else 'without'} calibration. "
+                "Use the same settings, or load the base model again."
             )
     elif type(layer) is not nn.Linear:
         if wanted.bits == DENSE_BITS and isinstance(layer, _ADAPTABLE):
@@ -162,21 +184,26 @@ def _check_target(target: _Target, config: AutoQRAConfig) -> None:
 
 
 def _check_values(target: _Target) -> None:
-    weight = target.layer.weight
+    weight = target.weight
     if weight.device.type == "meta":
         raise InvalidPlanError(f"The weight of {target.name!r} is on the meta device; load the model's weights first.")
     if not torch.isfinite(weight).all():
         raise InvalidPlanError(f"The weight of {target.name!r} holds NaN or infinite values; it cannot be quantized.")
 
 
-def _check_moment(target: _Target, config: AutoQRAConfig) -> None:
+def _moment(target: _Target, config: AutoQRAConfig) -> Tensor | None:
     moment = config.calibration.input_second_moments.get(target.name) if config.calibration else None
+    return None if moment is None else torch.from_numpy(moment)
+
+
+def _check_moment(target: _Target, config: AutoQRAConfig) -> None:
+    moment = _moment(target, config)
     if moment is not None and moment.shape != target.shape[1:]:
         raise PlanMismatchError(
-            f"The calibration of {target.name!r} is for an input of shape {moment.shape}, the model has "
+            f"The calibration of {target.name!r} is for an input of shape {tuple(moment.shape)}, the model has "
             f"{target.shape[1:]}; use the base model that was calibrated."
         )
-    if moment is not None and not (np.isfinite(moment).all() and (moment >= 0).all()):
+    if moment is not None and not (torch.isfinite(moment).all() and (moment >= 0).all()):
         raise InvalidPlanError(
             f"The calibration of {target.name!r} holds input moments that are negative or not finite; calibrate again."
         )
@@ -214,11 +241,20 @@ def _check_correction(target: _Target, config: AutoQRAConfig) -> None:
         )
 
 
+def _check_no_adapter_would_change(model: nn.Module, targets: list[_Target]) -> None:
+    new = [target.name for target in targets if type(target.layer) is nn.Linear and target.wanted.bits != DENSE_BITS]
+    if new and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InvalidPlanError(
+            f"The model has adapters already, and quantizing {new[:3]} would change what they compute. Keep these "
+            "modules at bits=16, or load the base model again and add this adapter first."
+        )
+
+
 def _check_fingerprint(targets: list[_Target], config: AutoQRAConfig) -> str | None:
     """Fingerprint of the base weights; the known one where the base is quantized already."""
     if any(type(target.layer) is not nn.Linear for target in targets):
         return config.base_fingerprint
-    weights = [(target.name, target.layer.weight) for target in targets]
+    weights = [(target.name, target.weight) for target in targets]
     fingerprint = fingerprint_weights(weights)
     if config.base_fingerprint not in (None, fingerprint):
         raise PlanMismatchError(
@@ -231,13 +267,11 @@ def _check_fingerprint(targets: list[_Target], config: AutoQRAConfig) -> str | N
 
 def _swap_all(model: nn.Module, targets: list[_Target], config: AutoQRAConfig) -> None:
     backend = make_backend(config.quantizer)
-    moments = config.calibration.input_second_moments if config.calibration else {}
     with _skip_init_on_device():
         for target in targets:
             if type(target.layer) is not nn.Linear or target.wanted.bits == DENSE_BITS:
                 continue
-            moment = torch.from_numpy(moments[target.name]) if target.name in moments else None
-            quantized = backend.quantize(target.layer, target.wanted.bits, moment, target.name)
+            quantized = backend.quantize(target.layer, target.wanted.bits, _moment(target, config), target.name)
             replace_layer(model, target.name, quantized.train(target.layer.training))
 
 
@@ -252,15 +286,23 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
         setattr(parent, child_name, layer)
 
 
+def _record_exact_patterns(targets: list[_Target], config: AutoQRAConfig) -> None:
+    """Keep what each module got: PEFT sorts patterns when it saves, which changes what overlapping ones mean."""
+    config.bits_pattern = {exact_pattern(target.name): target.wanted.bits for target in targets}
+    config.rank_pattern = {
+        exact_pattern(target.name): target.wanted.rank for target in targets if target.wanted.rank not in (0, config.r)
+    }
+
+
 def _resolved_plan(targets: list[_Target], config: AutoQRAConfig, fingerprint: str | None) -> BitRankPlan:
+    layers = {target.name: target.wanted for target in targets}
+    shapes = {target.name: target.shape for target in targets if hasattr(target.layer, "in_features")}
     if config.plan is not None:
-        info = config.plan.base_model
-        return config.plan.replace(
-            base_model=BaseModelInfo(name_or_path=info.name_or_path, revision=info.revision, fingerprint=fingerprint)
-        )
+        base_model = replace(config.plan.base_model, fingerprint=fingerprint)
+        return config.plan.replace(layers=layers, shapes=shapes, base_model=base_model)
     return BitRankPlan(
-        {target.name: target.wanted for target in targets},
-        shapes={target.name: target.shape for target in targets if hasattr(target.layer, "in_features")},
+        layers,
+        shapes=shapes,
         quantizer=config.quantizer,
         base_model=BaseModelInfo(name_or_path=config.base_model_name_or_path, fingerprint=fingerprint),
         calibration=config.calibration,

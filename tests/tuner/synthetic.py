@@ -55,12 +55,12 @@ def calibrated_plan(model: nn.Module) -> BitRankPlan:
     return plan.replace(calibration=random_calibration(model, plan))
 
 
-def randomize_adapters(model: nn.Module, seed: int = 0) -> None:
+def randomize_adapters(model: nn.Module, seed: int = 0, adapter_name: str = "") -> None:
     """As if trained: no LoRA matrix is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name and adapter_name in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -74,7 +74,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """Types of all modules and values of all tensors, to see whether anything changed."""
     tensors = {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    return {"types": {name: type(module) for name, module in model.named_modules()}, "flags": flags, "tensors": tensors}
+    return {
+        "types": {name: type(module) for name, module in model.named_modules()},
+        "flags": flags,
+        "tensors": tensors,
+    }
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:

@@ -60,7 +60,10 @@ def test_the_default_is_4_bits_and_rank_8_on_all_linear_layers(tiny_llama: TinyL
 
 def test_patterns_take_precedence_over_bits(tiny_llama: TinyLlamaFactory) -> None:
     config = AutoQRAConfig(
-        bits=3, r=4, target_modules=["q_proj", "v_proj"], bits_pattern={r"^model\.layers\.0\.self_attn\.q": 8, "up_proj": 2}
+        bits=3,
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        bits_pattern={r"^model\.layers\.0\.self_attn\.q": 8, "up_proj": 2},
     )
     with pytest.raises(InvalidPlanError, match="match no module"):
         get_peft_model(tiny_llama(), config)
@@ -84,7 +87,9 @@ def test_the_bitsandbytes_backend(tiny_llama: TinyLlamaFactory) -> None:
     types = [type(base_layer(model.get_base_model(), name)) for name in adapter_ranks(model.get_base_model())]
     assert sorted(t.__name__ for t in types) == ["Linear"] * 2 + ["NF4Linear"] * 12
     logits(model)  # an evaluation must not spoil the training that follows
-    model.train()(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()
+    model.train()(
+        input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)
+    ).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -273,6 +278,8 @@ def test_a_plan_that_does_not_fit_leaves_the_model_unchanged(tiny_llama: TinyLla
         ({"target_modules": ["q_proj", "v_projj"]}, r"v_projj"),
         ({"target_modules": r".*nothing"}, "nothing"),
         ({"bits_pattern": {"nothing": 3}}, r"bits_pattern keys \['nothing'\] match no module"),
+        ({"r": 4, "rank_pattern": {"nothing": 3}}, r"rank_pattern keys \['nothing'\] match no module"),
+        ({"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"v_proj": 3}}, "rank_pattern keys"),
         ({"r": 33}, r"rank 33 of 'model.layers.0.self_attn.k_proj' is above .*\(32, 64\)"),
         ({"r": 4, "rank_pattern": {"q_proj": 100}}, "rank 100 of 'model.layers.0.self_attn.q_proj'"),
         ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is a Embedding"),

@@ -39,11 +39,20 @@ def uniform(base: nn.Module) -> AutoQRAConfig:
     return AutoQRAConfig(bits=3, r=4, group_size=16, bits_pattern=pattern, task_type="CAUSAL_LM")
 
 
+def overlapping(base: nn.Module) -> AutoQRAConfig:
+    """PEFT sorts patterns when it saves; the first match wins, and it must be the same one after a reload."""
+    bits = {r"layers\.0\.mlp\.up_proj": 2, r".*up_proj": 8, r"v_proj": 16, r"1\..*down_proj": 2, "down_proj": 3}
+    ranks = {r"layers\.0\.mlp\.up_proj": 6, r".*up_proj": 2}
+    return AutoQRAConfig(bits=4, r=4, bits_pattern=bits, rank_pattern=ranks, task_type="CAUSAL_LM")
+
+
 def nf4(base: nn.Module) -> AutoQRAConfig:
-    return AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", target_modules=["q_proj"], bits_pattern={"up_proj": 4})
+    return AutoQRAConfig(
+        bits=4, r=4, quant_backend="bitsandbytes", target_modules=["q_proj"], bits_pattern={"up_proj": 4}
+    )
 
 
-CONFIGS = {make.__name__: make for make in (mixed, compensated, uniform, nf4)}
+CONFIGS = {make.__name__: make for make in (mixed, compensated, uniform, overlapping, nf4)}
 
 
 def save_base(make: TinyLlamaFactory, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -266,7 +275,7 @@ print(json.dumps({
     "ranks": {n: m.r["default"] for n, m in layers.items()},
     "scalings": {n: m.scaling["default"] for n, m in layers.items()},
     "base": sorted({type(m.get_base_layer()).__name__ for m in layers.values()}),
-    "warnings": [str(w.message) for w in caught if "nexpected keyword" in str(w.message) or "autoqra" in str(w.message)],
+    "warnings": [str(w.message) for w in caught if "autoqra" in str(w.message)],
     "other_warnings": [str(w.message)[:200] for w in caught if w.category is not DeprecationWarning],
     "logits": logits.flatten().tolist(),
 }))
