@@ -234,6 +234,8 @@ class SearchPipeline:
                 result=result,
             )
             self.log.add(trial)
+        else:
+            trial = replace(trial, plan=plan)  # the log keeps only what decides the outcome
         self._progress.update()
         if trial.loss is not None and fidelity.num_steps and (self._best is None or _rank(trial) < _rank(self._best)):
             self._best = trial

@@ -97,6 +97,7 @@ def trial_summary(trial: Trial) -> dict[str, Any]:
         "loss": trial.loss,
         "steps": trial.fidelity.num_steps,
         "total_bytes": trial.total_bytes,
+        "memory": trial.plan.memory.to_dict() if trial.plan.memory else None,
         "average_bits": trial.plan.average_bits,
         "average_rank": trial.plan.average_rank,
         "quantizer": trial.plan.quantizer.backend,

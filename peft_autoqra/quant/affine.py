@@ -136,7 +136,7 @@ def _double_quantize(groups: Tensor, scale: Tensor, offset: Tensor, weight_forma
     scale_codes, scale_base = _to_grid(scale)
     offset_codes, offset_base = _to_grid(offset)
     all_codes = torch.stack((scale_codes, offset_codes))
-    all_base = torch.stack((scale_base, offset_base)).view(torch.int16)
+    all_base = torch.stack((scale_base, offset_base)).view(torch.uint8)
     scale, offset = decode_scale_codes(all_codes, all_base)
     shape = groups.shape[:2]
     codes = _round_codes(groups, scale.view(shape), offset.view(shape), weight_format.bits)
@@ -167,4 +167,4 @@ def _quantize_symmetric(weight: Tensor, weight_format: WeightFormat) -> Quantize
     safe_scale = torch.where(scale == 0, torch.inf, scale.float())
     codes = ((groups / safe_scale[:, None]).round() + 128).clamp(0, 255).to(torch.uint8)
     empty = torch.empty(0, dtype=torch.uint8, device=weight.device)
-    return QuantizedWeight(weight_format, pack_codes(codes, SYMMETRIC_BITS), empty, scale.view(torch.int16))
+    return QuantizedWeight(weight_format, pack_codes(codes, SYMMETRIC_BITS), empty, scale.view(torch.uint8))

@@ -75,8 +75,9 @@ class QuantizedWeight:
         format: bits, group size and shape.
         codes: packed codes q, uint8 ``[format.weight_bytes]``.
         scale_codes: 2-4 bits: uint8 ``[2, G]``, codes of the groups' scales and offsets; 8 bits: empty.
-        scale_base: bfloat16 values kept as int16. 2-4 bits: ``[2, ceil(G / 256), 2]``, (minimum, step) of the scale
-            and offset codes of 256 groups; 8 bits: ``[G]``, the scales themselves.
+        scale_base: bfloat16 values kept as bytes, which every communication backend can send (int16 it cannot).
+            2-4 bits: ``[2, ceil(G / 256), 4]``, (minimum, step) of the scale and offset codes of 256 groups; 8 bits:
+            ``[2 G]``, the scales themselves.
     """
 
     format: WeightFormat
