@@ -208,11 +208,7 @@ class SearchPipeline:
         completed = [c for c, trial in short.items() if trial.loss is not None]
         best = sorted(completed, key=lambda c: _loss(short[c]))[: self.setup.config.num_finalists]
         searched = {c: self._evaluate(self.setup.searched_plan(c), self.final, short[c].origin) for c in best}
-        finals = {
-            name: self._evaluate(plan, self.final, f"baseline:{name}")
-            for name, plan in baselines.items()
-            if name == "qlora-4bit" or plan.digest not in {trial.plan.digest for trial in searched.values()}
-        }
+        finals = {name: self._evaluate(plan, self.final, f"baseline:{name}") for name, plan in baselines.items()}
         if all(trial.loss is None for trial in (*searched.values(), *finals.values())):
             errors = {trial.result.error for trial in self.log.trials if trial.result.error}
             raise SearchStateError(f"Every final trial failed; the log {self.log.path} has the errors: {errors}.")

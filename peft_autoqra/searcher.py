@@ -102,6 +102,7 @@ class AutoQRASearcher:
                 pipeline = SearchPipeline(self.setup, problem, evaluator, log, progress)
                 progress.reset(total=trial_counts(self.config).total)
                 finals = pipeline.run()
+                progress.total = progress.n
         finally:
             self.setup.resident.restore()
         candidates = [
