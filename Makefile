@@ -34,7 +34,7 @@ demo: $(STAMP) ## Search, fine-tune and compare on SmolLM2-135M (ARGS='--help' f
 	$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(STAMP) ## Run the tests, without those marked slow, gpu or hub (ARGS='-m slow' for others)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 quality: $(STAMP) ## Run ruff, mypy and import-linter
 	$(BIN)/ruff check .

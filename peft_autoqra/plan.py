@@ -172,6 +172,10 @@ class BitRankPlan(
             hint = f" Close names: {close}." if close else ""
             raise KeyError(f"{module_name!r} is not in the plan.{hint}") from None
 
+    def __contains__(self, module_name: object) -> bool:
+        """Whether the plan names a module; without a search for suggestions."""
+        return module_name in self._layers
+
     def __iter__(self) -> Iterator[str]:
         """Module names in the order given."""
         return iter(self._layers)

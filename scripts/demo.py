@@ -28,7 +28,7 @@ from peft_autoqra.report import write_report
 from peft_autoqra.training import FineTune, FineTuneInputs
 
 BUDGETS = {"100%": "qlora-4bit-r16", "75%": "0.75*qlora-4bit-r16"}
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 ANSWERS = (" negative", " positive")
 
 
@@ -154,7 +154,7 @@ class Job:
                 num_eval_sequences=48,
                 population_size=6,
                 num_generations=2,
-                num_promoted=2,
+                num_promoted=1,
                 num_trust_region_trials=2,
                 short_steps=6,
                 final_steps=16,
@@ -204,7 +204,9 @@ def answer_accuracy(model: PeftModel, questions: Dataset, tokenizer: PreTrainedT
     correct = 0
     for first in range(0, len(questions), 16):
         rows = questions.select(range(first, min(first + 16, len(questions))))
-        batch = tokenizer(list(rows["prompt"]), padding=True, padding_side="left", return_tensors="pt").to(model.device)
+        batch = tokenizer(list(rows["prompt"]), padding=True, padding_side="left", return_tensors="pt").to(
+            model.device
+        )
         logits = model(**batch, logits_to_keep=1).logits[:, -1].cpu()
         predicted = logits[:, answer_ids].argmax(1)
         wanted = torch.tensor([ANSWERS.index(completion) for completion in rows["completion"]])

@@ -1,6 +1,7 @@
 """The plan: what it refuses, what equality means, and its file."""
 
 import copy
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,11 @@ def test_a_plan_is_a_mapping() -> None:
 def test_an_unknown_name_gets_suggestions() -> None:
     with pytest.raises(KeyError, match=r"layers\.0\.qproj.*Close names.*layers\.0\.q_proj"):
         make_plan()["layers.0.qproj"]
+
+
+def test_asking_whether_a_name_is_in_the_plan_looks_for_no_suggestions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *_, **__: pytest.fail("slow"))
+    assert "layers.9.q_proj" not in make_plan()
 
 
 def test_changing_the_mapping_afterwards_changes_nothing() -> None:

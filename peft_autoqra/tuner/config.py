@@ -37,7 +37,8 @@ class AutoQRAConfig(LoraConfig):
             giving any of them beside it is an error.
         bits: bits of the targeted modules without a plan: 2, 3, 4, 8 or 16 (unquantized).
         bits_pattern: module name or regular expression to bits, matched as ``rank_pattern`` is; takes precedence over
-            ``bits``. A module that matches but is not targeted is quantized without an adapter.
+            ``bits``. A module that matches but is not targeted is quantized without an adapter. Applying the
+            configuration writes the exact names here and into ``rank_pattern``.
         group_size: weights that share a scale; halved per module until it divides the input size.
         quant_backend: ``"native"``, or ``"bitsandbytes"`` for NF4 with double quantization (4 bits only).
         init_lora_weights: None takes the plan's initialization; ``"compensate"`` starts the adapter at the calibrated

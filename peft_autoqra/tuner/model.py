@@ -34,7 +34,8 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, AutoQRAConfig):
-            peft_config.plan = quantize_base(model, peft_config)
+            earlier = [c for c in self.peft_config.values() if c is not peft_config and isinstance(c, AutoQRAConfig)]
+            peft_config.plan = quantize_base(model, peft_config, earlier)
             peft_config.base_fingerprint = peft_config.plan.base_model.fingerprint
 
     def _create_and_replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,7 +46,9 @@ class _Target:
         return self.layer.weight  # type: ignore[return-value]
 
 
-def quantize_base(model: nn.Module, config: AutoQRAConfig) -> BitRankPlan:
+def quantize_base(
+    model: nn.Module, config: AutoQRAConfig, earlier_configs: Sequence[AutoQRAConfig] = ()
+) -> BitRankPlan:
     """Swap the configured linear layers of a model for quantized ones, in place.
 
     Layers that already have the wanted bits stay as they are, so a second adapter can share the base.
@@ -54,6 +56,7 @@ def quantize_base(model: nn.Module, config: AutoQRAConfig) -> BitRankPlan:
     Args:
         model: the base model.
         config: what to quantize; its ``target_modules`` are expanded in place where they are ``"all-linear"``.
+        earlier_configs: of the adapters that the model has already.
 
     Returns:
         The resolved plan: every quantized or adapted module with its shape.
@@ -67,7 +70,7 @@ def quantize_base(model: nn.Module, config: AutoQRAConfig) -> BitRankPlan:
     for target in targets:
         _check_target(target, config)
     _check_no_adapter_would_change(model, targets)
-    fingerprint = _check_fingerprint(targets, config)
+    fingerprint = _check_fingerprint(targets, config, earlier_configs)
     _swap_all(model, targets, config)
     _record_exact_patterns(targets, config)
     return _resolved_plan(targets, config, fingerprint)
@@ -93,8 +96,11 @@ def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[_Target]:
         _check_names(config.plan, layers)
     targets = []
     matched = set()
+    bits_keys, rank_keys = (
+        _matching_keys(patterns, layers) for patterns in (config.bits_pattern, config.rank_pattern)
+    )
     for name, layer in layers.items():
-        bits_key, rank_key = _matching_key(config.bits_pattern, name), _matching_key(config.rank_pattern, name)
+        bits_key, rank_key = bits_keys.get(name), rank_keys.get(name)
         found = check_target_module_exists(config, name)
         adapted = bool(found) and not isinstance(found, _ExcludedModule)
         named = config.plan is not None and name in config.plan
@@ -111,13 +117,16 @@ def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[_Target]:
     return targets
 
 
-def _matching_key(patterns: Mapping[str, int], name: str) -> str | None:
-    """The key that PEFT would use for a module; exact ones are looked up first, a plan has one for each module."""
-    exact = exact_pattern(name)
-    if exact in patterns:
-        return exact
-    key = get_pattern_key(patterns.keys(), name)
-    return key if key in patterns else None
+def _matching_keys(patterns: Mapping[str, int], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Module name to the key that decides it: its exact pattern, else the first that matches, as in PEFT.
+
+    A plan has an exact pattern for each module; trying all on all would take minutes on a large model.
+    """
+    exact = {name: key for name in layers if (key := exact_pattern(name)) in patterns}
+    exact_keys = set(exact.values())
+    others = [key for key in patterns if key not in exact_keys]
+    keys = {name: exact.get(name) or get_pattern_key(others, name) for name in layers}
+    return {name: key for name, key in keys.items() if key in patterns}
 
 
 def _check_matches(
@@ -250,12 +259,18 @@ def _check_no_adapter_would_change(model: nn.Module, targets: list[_Target]) -> 
         )
 
 
-def _check_fingerprint(targets: list[_Target], config: AutoQRAConfig) -> str | None:
+def _check_fingerprint(
+    targets: list[_Target], config: AutoQRAConfig, earlier_configs: Sequence[AutoQRAConfig]
+) -> str | None:
     """Fingerprint of the base weights; the known one where the base is quantized already."""
-    if any(type(target.layer) is not nn.Linear for target in targets):
-        return config.base_fingerprint
-    weights = [(target.name, target.weight) for target in targets]
-    fingerprint = fingerprint_weights(weights)
+    if all(type(target.layer) is nn.Linear for target in targets):
+        fingerprint: str | None = fingerprint_weights((target.name, target.weight) for target in targets)
+    else:
+        names = {target.name for target in targets}
+        same_modules = (
+            earlier for earlier in earlier_configs if earlier.plan is not None and names == set(earlier.plan)
+        )
+        fingerprint = next((earlier.base_fingerprint for earlier in same_modules), config.base_fingerprint)
     if config.base_fingerprint not in (None, fingerprint):
         raise PlanMismatchError(
             f"The base weights have fingerprint {fingerprint}, the plan or adapter was made for "

@@ -11,9 +11,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits
+from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, NativeBackend, layer_bits
 from peft_autoqra.tuner.config import AutoQRAConfig
+from peft_autoqra.tuner.layer import QuantLoRALinear
 from tests.conftest import TinyLlamaFactory
 from tests.tuner.synthetic import (
     assert_unchanged,
@@ -320,6 +321,28 @@ def test_an_adapter_for_another_base_is_refused_and_nothing_changed(tiny_llama: 
     assert_unchanged(model.eval(), before)
     assert torch.equal(logits(model), expected)
     assert list(model.peft_config) == ["default"]
+
+
+def test_another_calibration_is_noticed_after_unloading_too(tiny_llama: TinyLlamaFactory) -> None:
+    base = calibrated_model(tiny_llama).unload()
+    with pytest.raises(InvalidPlanError, match="without calibration"):
+        get_peft_model(base, AutoQRAConfig(plan=mixed_plan(tiny_llama())))
+    get_peft_model(base, AutoQRAConfig(plan=calibrated_plan(tiny_llama())))
+
+
+def test_adapters_of_another_base_are_noticed(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(seed=1), AutoQRAConfig(bits=4, r=4)).save_pretrained(tmp_path)
+    model = uniform_model(tiny_llama)
+    model.add_adapter("same", AutoQRAConfig(bits=4, r=2))
+    assert model.peft_config["same"].base_fingerprint == model.peft_config["default"].base_fingerprint
+    with pytest.raises(PlanMismatchError, match="was made for"):
+        model.load_adapter(tmp_path, "other")
+
+
+def test_the_adapter_lies_where_the_quantized_layer_lies() -> None:
+    layer = NativeBackend(32).quantize(nn.Linear(64, 32), 4, None, "layer").to("meta")
+    adapted = QuantLoRALinear(layer, "default", config=LoraConfig(r=4), r=4, lora_alpha=4)
+    assert adapted.lora_A["default"].weight.device == adapted.lora_B["default"].weight.device == torch.device("meta")
 
 
 def test_a_second_adapter_for_some_of_the_modules_reloads_on_its_own(

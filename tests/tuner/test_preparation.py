@@ -15,6 +15,7 @@ from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.quant.backends import layer_bits
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
+from peft_autoqra.tuner import preparation
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.layer import QuantLoRALinear
 from tests.conftest import TinyLlamaFactory
@@ -354,6 +355,16 @@ def test_what_was_swapped_is_what_the_plan_says(tiny_llama: TinyLlamaFactory) ->
     assert all(isinstance(model.get_submodule(name), QuantLoRALinear) for name in plan)
     assert plan.shapes[DOWN_PROJ] == (64, 128)
     assert plan.base_model.fingerprint == mixed_plan(tiny_llama()).base_model.fingerprint
+
+
+def test_no_pattern_of_a_plan_is_tried_on_other_modules(
+    tiny_llama: TinyLlamaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All on all takes minutes for hundreds of modules: re keeps 512 compiled patterns."""
+    tried: list[str] = []
+    monkeypatch.setattr(preparation, "get_pattern_key", lambda keys, name: tried.extend(keys) or name)
+    get_peft_model(tiny_llama(), AutoQRAConfig(plan=mixed_plan(tiny_llama())))
+    assert tried == []
 
 
 def test_nf4_layers_are_recognized_as_quantized(tiny_llama: TinyLlamaFactory) -> None:
