@@ -22,7 +22,9 @@ QUANTIZED_LAYERS = (QuantLinear, NF4Linear)
 class QuantBackend(Protocol):
     """Quantizes linear layers and knows their bytes beforehand."""
 
-    def quantize(self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str) -> nn.Module:
+    def quantize(
+        self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str
+    ) -> QuantLinear | NF4Linear:
         """The quantized layer; ``linear`` stays as it is."""
         ...
 
