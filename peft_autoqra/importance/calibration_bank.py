@@ -64,7 +64,7 @@ class CalibrationBank:
         return PlanCalibration(input_second_moments=moments, corrections=corrections)
 
     def save(self, directory: Path) -> None:
-        """Write the table and one folder a bit-width; the table last, so that a partial bank is not taken for whole."""
+        """Write the table and one folder a bit-width; the table last, so that half a bank is not taken for whole."""
         for bits, calibration in self.calibrations.items():
             folder = directory / f"{bits}bit"
             folder.mkdir(parents=True, exist_ok=True)
