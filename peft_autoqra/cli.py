@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # A command imports TRL and perhaps BoTorch, which takes seconds.
         return int(import_module(f"peft_autoqra.commands.{command}").run(arguments[1:]))
-    except AutoQRAError as error:
-        return _fail(f"{command}: {error}")
+    except (AutoQRAError, OSError) as error:  # the latter: an output_dir that cannot be made, a full disk
+        return _fail(f"{command}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         _fail(f"{command}: stopped" + ("; the same command goes on from here." if command == "search" else "."))
         return EXIT_INTERRUPTED

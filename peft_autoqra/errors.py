@@ -23,7 +23,3 @@ class CalibrationError(AutoQRAError, ValueError):
 
 class SearchStateError(AutoQRAError, RuntimeError):
     """A search directory that cannot be continued, for example one that belongs to another search."""
-
-
-class MissingDependencyError(AutoQRAError, ImportError):
-    """An optional dependency that the requested feature needs is not installed."""

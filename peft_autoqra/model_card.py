@@ -14,6 +14,7 @@ from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.units import format_bytes
 
 TAGS = ("autoqra", "lora", "quantization")
+_TITLE = "# AutoQRA plan for"
 _PARTS = {
     "weight_bytes": "planned weights",
     "metadata_bytes": "quantization metadata",
@@ -65,7 +66,7 @@ class PlanCard:
     def _introduction(self) -> str:
         base = f"`{self.base_model}`" if self.base_model else "a causal language model"
         return (
-            f"# AutoQRA plan for {base}\n\n"
+            f"{_TITLE} {base}\n\n"
             "Weight bits and LoRA rank of every planned layer, found by "
             "`peft-autoqra` for fine-tuning with PEFT within a memory budget. A plan holds no trained weights."
         )
@@ -112,6 +113,12 @@ plan = peft_autoqra.BitRankPlan.from_pretrained("THIS_REPOSITORY_OR_FOLDER")
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = get_peft_model(base, peft_autoqra.AutoQRAConfig(plan=plan, task_type="CAUSAL_LM"))
 ```"""
+
+
+def is_plan_card(text: str) -> bool:
+    """Whether a README.md is a :class:`PlanCard`: it has our tag in its header and our title."""
+    header, _, body = text.partition("\n---\n")
+    return f"\n- {TAGS[0]}\n" in header and body.lstrip().startswith(_TITLE)
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:

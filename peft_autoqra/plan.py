@@ -14,14 +14,20 @@ from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.memory_estimate import MemoryEstimate
-from peft_autoqra.model_card import PlanCard
-from peft_autoqra.plan_calibration import CALIBRATION_FILE, PlanCalibration
+from peft_autoqra.model_card import PlanCard, is_plan_card
+from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE, PlanCalibration
 
 PLAN_FILE = "autoqra_plan.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -30,6 +36,7 @@ SUPPORTED_BITS = (2, 3, 4, 8, 16)
 DENSE_BITS = 16
 
 _CHECKSUM = "autoqra_checksum"
+_CALIBRATION_DIGEST = "autoqra_calibration_digest"
 
 
 @dataclass(frozen=True, order=True)
@@ -261,7 +268,7 @@ class BitRankPlan(
         metadata = {
             "autoqra_format_version": str(FORMAT_VERSION),
             "autoqra_plan": json.dumps(content),
-            "autoqra_calibrated": "yes" if self.calibration is not None else "no",
+            _CALIBRATION_DIGEST: self.calibration.digest if self.calibration is not None else "",
         }
         return metadata | {_CHECKSUM: _checksum(metadata)}
 
@@ -322,7 +329,8 @@ class BitRankPlan(
     ) -> str | None:
         """Write ``autoqra_plan.safetensors``, the calibration where there is one, and a model card.
 
-        The folder's other files are left alone, so a plan may lie beside a model or an adapter.
+        The folder's other files are left alone, so a plan may lie beside a model or an adapter. A model card is
+        replaced only where it is that of an earlier plan.
 
         Args:
             save_directory: made where missing.
@@ -337,7 +345,7 @@ class BitRankPlan(
         directory.mkdir(parents=True, exist_ok=True)
         self._save_pretrained(directory)
         card = directory / "README.md"
-        if not card.exists():
+        if not card.exists() or is_plan_card(card.read_text(encoding="utf-8", errors="replace")):
             self.generate_model_card().save(card)
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
@@ -388,6 +396,7 @@ class BitRankPlan(
 
         Raises:
             InvalidPlanError: no plan there, damaged, or of a newer format.
+            PlanMismatchError: the calibration beside it belongs to another plan.
         """
         model_id = str(pretrained_model_name_or_path)
         hub_kwargs = {
@@ -406,12 +415,14 @@ class BitRankPlan(
         plan = cls.from_metadata(metadata, str(path))
         if path.name == PLAN_FILE:
             _check_tensors(path, plan)
-        if metadata.get("autoqra_calibrated") != "yes":
+        digest = metadata.get(_CALIBRATION_DIGEST)
+        if not digest:
             return plan
-        calibration_path = locate_file(CALIBRATION_FILE, model_id, **hub_kwargs)
+        filename = CALIBRATION_FILE if path.name == PLAN_FILE else ADAPTER_CALIBRATION_FILE
+        calibration_path = locate_file(filename, model_id, **hub_kwargs)
         if calibration_path is None:
-            raise InvalidPlanError(f"{CALIBRATION_FILE} is missing beside the plan in {model_id!r}; copy it there.")
-        return plan.replace(calibration=PlanCalibration.load(calibration_path))
+            raise InvalidPlanError(f"{filename} is missing beside the plan in {model_id!r}; copy it there.")
+        return plan.replace(calibration=PlanCalibration.load(calibration_path, digest))
 
 
 def read_plan_header(path: Path) -> dict[str, str]:
@@ -447,7 +458,7 @@ def locate_file(filename: str, model_id: str, **hub_kwargs: Any) -> Path | None:
     """Path of a file in a folder or hub repository; None where it is not there.
 
     Raises:
-        InvalidPlanError: neither a folder nor a hub id.
+        InvalidPlanError: neither a folder nor a hub repository that can be reached.
     """
     if Path(model_id).is_dir():
         path = Path(model_id) / filename
@@ -456,5 +467,8 @@ def locate_file(filename: str, model_id: str, **hub_kwargs: Any) -> Path | None:
         return Path(hf_hub_download(repo_id=model_id, filename=filename, **hub_kwargs))
     except RemoteEntryNotFoundError:
         return None
-    except HFValidationError as error:
-        raise InvalidPlanError(f"{model_id!r} is neither a folder nor the id of a hub repository.") from error
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise InvalidPlanError(
+            f"{model_id!r} is neither a folder here nor reachable on the hub; check the spelling, the connection and, "
+            "for a private repository, the token."
+        ) from error

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 
 CALIBRATION_FILE = "autoqra_calibration.safetensors"
+ADAPTER_CALIBRATION_FILE = "autoqra_adapter_calibration.safetensors"  # its own, so a plan may lie beside an adapter
 
 _MOMENT = "input_second_moment"
 _LEFT = "correction_left"
@@ -57,22 +58,40 @@ class PlanCalibration:
         """Itself: nothing changes it."""
         return self
 
-    def save(self, directory: Path) -> None:
-        """Write ``autoqra_calibration.safetensors`` into an existing directory."""
+    @property
+    def digest(self) -> str:
+        """Hash of all values; a plan or adapter notes it, so that the calibration of another is noticed."""
+        return _checksum(self._tensors())
+
+    def without_corrections(self) -> PlanCalibration | None:
+        """What a trained adapter needs of it: the moments; None where there are none."""
+        return PlanCalibration(input_second_moments=self.input_second_moments) if self.input_second_moments else None
+
+    def save(self, directory: Path, filename: str = CALIBRATION_FILE) -> None:
+        """Write a file into an existing directory."""
+        tensors = self._tensors()
+        save_file(tensors, directory / filename, metadata={"format": "np", _CHECKSUM: _checksum(tensors)})
+
+    def _tensors(self) -> dict[str, npt.NDArray[np.generic]]:
         tensors: dict[str, npt.NDArray[np.generic]] = {
             f"{_MOMENT}:{name}": moment for name, moment in self.input_second_moments.items()
         }
         for name, correction in self.corrections.items():
             tensors[f"{_LEFT}:{name}"] = np.ascontiguousarray(correction.left)
             tensors[f"{_RIGHT}:{name}"] = np.ascontiguousarray(correction.right)
-        save_file(tensors, directory / CALIBRATION_FILE, metadata={"format": "np", _CHECKSUM: _checksum(tensors)})
+        return tensors
 
     @classmethod
-    def load(cls, path: Path) -> PlanCalibration:
+    def load(cls, path: Path, digest: str | None = None) -> PlanCalibration:
         """Read a file that :meth:`save` wrote.
+
+        Args:
+            path: of the file.
+            digest: as the plan or adapter notes it.
 
         Raises:
             InvalidPlanError: the file is damaged or holds something else.
+            PlanMismatchError: it has another digest.
         """
         try:
             with safe_open(path, framework="np") as file:
@@ -90,6 +109,11 @@ class PlanCalibration:
             raise InvalidPlanError(f"{path} holds one half of some corrections only; save or download it again.")
         if metadata.get(_CHECKSUM) != _checksum(tensors):
             raise InvalidPlanError(f"{path} is damaged (wrong checksum); save or download it again.")
+        if digest not in (None, metadata[_CHECKSUM]):
+            raise PlanMismatchError(
+                f"{path} belongs to another plan or adapter than the one beside it; copy the right {path.name} there, "
+                "or save or download plan or adapter again."
+            )
         return cls(
             input_second_moments=by_kind[_MOMENT],  # type: ignore[arg-type]
             corrections={

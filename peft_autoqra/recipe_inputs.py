@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -37,7 +38,7 @@ def load_base_model(model_args: ModelArguments, args: SFTConfig) -> PreTrainedMo
             trust_remote_code=args.trust_remote_code,
             **(args.model_init_kwargs or {}),
         )
-    except OSError as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise RecipeError(f"The model {name!r} cannot be loaded: {_first_line(error)}") from error
 
 

@@ -34,7 +34,7 @@ class SearchArguments:
         resume: continue what output_dir holds; False refuses to.
 
     Raises:
-        InvalidPlanError: a count that is negative or zero where one is needed.
+        InvalidPlanError: a choice or count that is no integer, or is negative or zero where one is needed.
     """
 
     memory_budget: str = field(default="qlora-4bit-r16", metadata={"help": "Bytes, 6GB, 3.2bit, qlora-4bit-r16, ..."})
@@ -63,6 +63,9 @@ class SearchArguments:
 
     def __post_init__(self) -> None:
         """Check counts; choices and budget are checked against the model."""
+        for name in ("bit_choices", "rank_choices"):
+            if not all(_is_integer(choice) for choice in getattr(self, name)):
+                raise InvalidPlanError(f"{name}={getattr(self, name)} must hold integers.")
         for name in ("num_calibration_sequences", "num_eval_sequences", "population_size", "num_finalists"):
             self._require(name, 1)
         for name in ("short_steps", "final_steps", "lora_alpha"):
@@ -77,8 +80,13 @@ class SearchArguments:
             raise InvalidPlanError(f"scope={self.scope!r} must be 'training' or 'stored'.")
 
     def _require(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
-            raise InvalidPlanError(f"{name}={getattr(self, name)} must be at least {least}.")
+        value = getattr(self, name)
+        if not _is_integer(value) or value < least:
+            raise InvalidPlanError(f"{name}={value!r} must be an integer of at least {least}.")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

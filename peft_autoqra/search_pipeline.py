@@ -211,7 +211,10 @@ class SearchPipeline:
         finals = {name: self._evaluate(plan, self.final, f"baseline:{name}") for name, plan in baselines.items()}
         if all(trial.loss is None for trial in (*searched.values(), *finals.values())):
             errors = {trial.result.error for trial in self.log.trials if trial.result.error}
-            raise SearchStateError(f"Every final trial failed; the log {self.log.path} has the errors: {errors}.")
+            raise SearchStateError(
+                f"Every final trial failed: {errors}. Mend the cause, then use another output_dir or delete "
+                f"{self.log.path}, which remembers the failures; calibration is kept."
+            )
         return Finals(searched, finals)
 
     def _evaluate(self, plan: BitRankPlan, fidelity: Fidelity, origin: str) -> Trial:

@@ -55,6 +55,16 @@ class SearchProblem:
         """Total bytes when every group takes its smallest choice."""
         return self.total_bytes(self.smallest_candidate())
 
+    @property
+    def smallest_trainable_bytes(self) -> int:
+        """Total bytes of the smallest candidate that has an adapter somewhere."""
+        if self.space.rank_choices[0] > 0:
+            return self.smallest_bytes
+        allowed = self.space.allowed_choices()
+        sizes = np.where(allowed, self.bytes_table, np.iinfo(np.int64).max)
+        extra = sizes[:, :, 1:].min(axis=(1, 2)) - sizes.min(axis=(1, 2))
+        return self.smallest_bytes + int(extra.min())
+
     def smallest_candidate(self) -> Candidate:
         """Every group at the allowed choice that takes the fewest bytes."""
         allowed = self.space.allowed_choices()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from peft_autoqra.errors import CalibrationError, MemoryBudgetError
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
 from peft_autoqra.fingerprint import fingerprint_weights
@@ -29,11 +31,12 @@ from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate, SearchSpace
 from peft_autoqra.target_modules import linear_targets
 
-RECIPE_KEYS = (
-    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "max_grad_norm", "optim", "max_length", "packing", "bf16", "fp16", "completion_only_loss",
+NO_RECIPE = (
+    "output", "logging", "log_", "save", "eval", "do_", "hub", "push", "report", "run_name", "project", "trackio",
+    "resume", "disable_tqdm", "load_best", "greater_is", "metric_for", "dataloader_num", "dataloader_pre", "max_steps",
+    "num_train_epochs", "seed", "data_seed", "dataset_num_proc", "local_rank", "debug",
 )  # fmt: skip
-"""Settings of the fine-tune that change what a trial gives."""
+"""Beginnings of the names of settings that do not change what a trial gives."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class SearchSetup:
             config.memory_budget, self.memory_model, cast("MemoryScope | None", config.scope)
         )
         self._bytes_table = self.memory_model.bytes_table(self.space, self.quantizer, self.budget.scope)
-        self.problem_with(self.zero_table())  # raises when the budget cannot be reached
+        self._check_budget()
         self.data = SFTData(
             inputs.model, inputs.args, inputs.train_dataset, inputs.eval_dataset, inputs.processing_class
         )
@@ -96,6 +99,14 @@ class SearchSetup:
             revision=getattr(inputs.model.config, "_commit_hash", None),
             fingerprint=fingerprint_weights((name, layer.weight) for name, layer in self.linears.items()),
         )
+
+    def _check_budget(self) -> None:
+        smallest = self.problem_with(self.zero_table()).smallest_trainable_bytes
+        if smallest > self.budget.limit_bytes:
+            raise MemoryBudgetError(
+                f"A budget of {self.budget.limit_bytes:,} bytes leaves no room for an adapter: the smallest plan that "
+                f"can be trained takes {smallest:,} bytes. Raise the budget or allow smaller ranks."
+            )
 
     def zero_table(self) -> npt.NDArray[np.float64]:
         """A loss table that knows nothing yet."""
@@ -146,20 +157,25 @@ class SearchSetup:
 
     def identity(self) -> dict[str, Any]:
         """What makes two searches the same; a log of another one is refused."""
-        held_out = hashlib.sha256()
-        for batch in self.data.batches(self.data.held_out, self.config.num_eval_sequences):
-            held_out.update(batch["input_ids"].numpy().tobytes())
         settings = {k: v for k, v in asdict(self.config).items() if k not in ("output_dir", "cache_dir", "resume")}
-        recipe = {key: str(getattr(self.args, key, None)) for key in RECIPE_KEYS}
+        recipe = {key: str(v) for key, v in self.args.to_dict().items() if not key.startswith(NO_RECIPE)}
         return {
             **settings,
             **recipe,
             "budget_bytes": self.budget.limit_bytes,
             "model": self.base_model.fingerprint,
             "calibration": self.bank_settings.fingerprint,
-            "train_examples": len(self.data.train),
-            "held_out": held_out.hexdigest()[:32],
+            "train_dataset": _digest(self.data.train),
+            "eval_dataset": _digest(self.data.held_out),
         }
+
+
+def _digest(dataset: Dataset) -> str:
+    """Hash of every row of a prepared data set."""
+    digest = hashlib.sha256()
+    for batch in dataset.iter(batch_size=1000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]
 
 
 def load_model(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
@@ -170,5 +186,12 @@ def load_model(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedModel
 
 
 def load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model."""
-    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config.name_or_path)
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        CalibrationError: a model made in-process names none.
+    """
+    name = model if isinstance(model, str) else model.config.name_or_path
+    if not name:
+        raise CalibrationError("The model names no folder or hub id to take a tokenizer from; give processing_class.")
+    return AutoTokenizer.from_pretrained(name)

@@ -139,7 +139,7 @@ class AutoQRASearcher:
         return SearchEstimate(
             budget_bytes=setup.budget.limit_bytes,
             budget_scope=setup.budget.scope,
-            smallest_bytes=setup.problem_with(setup.zero_table()).smallest_bytes,
+            smallest_bytes=setup.problem_with(setup.zero_table()).smallest_trainable_bytes,
             uniform={
                 bits: memory.estimate(memory.uniform(bits, 16), setup.quantizer) for bits in setup.space.bit_choices
             },
@@ -170,7 +170,7 @@ class SearchEstimate:
     Attributes:
         budget_bytes: the limit.
         budget_scope: what it limits.
-        smallest_bytes: of the smallest plan in the search space.
+        smallest_bytes: of the smallest plan in the search space that has an adapter.
         uniform: bits to the memory of uniform bits at rank 16.
         max_trials: trials at most.
         max_seconds: of those trials; calibration comes on top, once per model and data.

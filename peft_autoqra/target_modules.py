@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
@@ -20,7 +21,7 @@ def linear_targets(model: nn.Module, target_modules: str | Iterable[str] = "all-
             names and suffixes.
 
     Raises:
-        InvalidPlanError: nothing matches, or a match is not a plain ``nn.Linear``.
+        InvalidPlanError: nothing matches, or a match is not a plain ``nn.Linear`` with a weight of its own.
     """
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = _maybe_include_all_linear_layers(LoraConfig(target_modules=wanted), model)
@@ -38,4 +39,27 @@ def linear_targets(model: nn.Module, target_modules: str | Iterable[str] = "all-
     if not targets:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         raise InvalidPlanError(f"target_modules={target_modules!r} matches no linear layer; there are {names[-4:]}.")
+    check_untied(model, targets)
     return targets
+
+
+def check_untied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that share their weight with another module, as a tied output layer does with the embedding.
+
+    Args:
+        model: where sharing is looked for.
+        layers: module name to a layer of the model that has a ``weight``.
+
+    Raises:
+        InvalidPlanError: a weight is shared.
+    """
+    owners = defaultdict(list)
+    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(parameter_name)
+    for name, layer in layers.items():
+        sharing = owners[id(layer.weight)]
+        if len(sharing) > 1:
+            raise InvalidPlanError(
+                f"{name!r} cannot be quantized by itself: its weight is tied, {sharing} are one tensor. Leave it out "
+                "of the plan or target_modules, or untie it (tie_word_embeddings=False)."
+            )

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from peft_autoqra.errors import PlanMismatchError
+from peft_autoqra.errors import AutoQRAError, PlanMismatchError
 from peft_autoqra.evaluation.sft import SFTData
 from peft_autoqra.importance.calibrated_plan import calibrate_plan
 from peft_autoqra.memory import OPTIMIZERS, MemoryModel
@@ -27,7 +27,11 @@ from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.uniform_plan import uniform_plan
 
 RESULT_FILE = "finetune_result.json"
-DEFAULT_BITS, DEFAULT_RANK, DEFAULT_ALPHA = 4, 16, 8
+DEFAULT_BITS, DEFAULT_RANK = 4, 16
+
+
+class TrainingDivergedError(AutoQRAError, ArithmeticError):
+    """A fine-tune whose loss is not finite at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +113,20 @@ class FineTune:
     def __init__(self, inputs: FineTuneInputs) -> None:
         """Quantize, add adapters and prepare the data."""
         args = inputs.args
-        data = SFTData(inputs.model, args, inputs.train_dataset, inputs.eval_dataset, inputs.processing_class)
-        self.plan = _resolve_plan(inputs, data)
-        _check_names(self.plan, inputs.model)
+        plan = _named_plan(inputs)  # before the data: a wrong name fails at once
+        data = SFTData(
+            inputs.model,
+            args,
+            inputs.train_dataset,
+            inputs.eval_dataset,
+            inputs.processing_class,
+            allow_packing=True,
+        )
+        self.plan = _uniform_plan(inputs, data) if plan is None else plan
         self.estimated = _estimate_memory(inputs.model, self.plan, args)
         config = AutoQRAConfig(
             plan=self.plan,
-            lora_alpha=_lora_alpha(self.plan, inputs.adapter),
+            lora_alpha=inputs.adapter.lora_alpha,
             lora_dropout=inputs.adapter.lora_dropout,
             task_type="CAUSAL_LM",
         )
@@ -149,7 +160,11 @@ class FineTune:
         return FineTuneEstimate(num_steps=num_steps, seconds=seconds * args.gradient_accumulation_steps * num_steps)
 
     def run(self) -> FineTuneResult:
-        """Train, evaluate and save; in a run of many processes the first one writes."""
+        """Train, evaluate and save; in a run of many processes the first one writes.
+
+        Raises:
+            TrainingDivergedError: the loss is not finite; nothing is saved.
+        """
         trainer, args = self.trainer, self.trainer.args
         start = time.perf_counter()
         output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -163,6 +178,12 @@ class FineTune:
             measured=self._memory_probe.measured,
             output_dir=str(args.output_dir),
         )
+        if not (math.isfinite(result.eval_loss) and math.isfinite(result.train_loss)):
+            raise TrainingDivergedError(
+                f"The held-out loss is {result.eval_loss} after {result.num_steps} steps (while training: "
+                f"{result.train_loss}), so the adapter is not saved. Lower learning_rate={args.learning_rate}, or "
+                "train in bf16 or float32."
+            )
         trainer.save_model(args.output_dir)
         if self.is_main_process:
             text = json.dumps(result.to_dict(), indent=2)
@@ -189,11 +210,18 @@ class _MemoryProbe(TrainerCallback):  # type: ignore[misc]
             self.measured = measure_memory(model, self._module_names, optimizer)
 
 
-def _resolve_plan(inputs: FineTuneInputs, data: SFTData) -> BitRankPlan:
-    """The plan that is named, or a uniform one, calibrated where its backend takes it."""
+def _named_plan(inputs: FineTuneInputs) -> BitRankPlan | None:
+    """The plan that is named, if one is; it fits the model."""
+    if inputs.adapter.plan is None:
+        return None
+    plan = BitRankPlan.from_pretrained(inputs.adapter.plan)
+    _check_names(plan, inputs.model)
+    return plan
+
+
+def _uniform_plan(inputs: FineTuneInputs, data: SFTData) -> BitRankPlan:
+    """The same bits and rank everywhere, calibrated where the backend takes it."""
     adapter = inputs.adapter
-    if adapter.plan is not None:
-        return BitRankPlan.from_pretrained(adapter.plan)
     bits = DEFAULT_BITS if adapter.bits is None else adapter.bits
     quantizer = QuantizerSettings(backend=adapter.quant_backend or "native", group_size=adapter.group_size)  # type: ignore[arg-type]
     plan = uniform_plan(
@@ -224,9 +252,3 @@ def _estimate_memory(model: nn.Module, plan: BitRankPlan, args: SFTConfig) -> Me
         return None
     memory_model = MemoryModel.from_model(model, target_modules=list(plan), optimizer=optimizer)
     return memory_model.estimate(plan)
-
-
-def _lora_alpha(plan: BitRankPlan, adapter: AdapterArguments) -> int:
-    if adapter.lora_alpha is not None:
-        return adapter.lora_alpha
-    return int(plan.provenance.get("lora_alpha", DEFAULT_ALPHA))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 
 from peft_autoqra import BitRankPlan, cli
-from peft_autoqra.commands import search, train
+from peft_autoqra.commands import parser, search, train
 from tests.tiny_folder import SEARCH_FLAGS, TinyFolder, make_tiny_folder
 
 
@@ -143,6 +144,16 @@ class TestRecipe:
         assert os.environ["AUTOQRA_TEST"] == "7"
 
     @pytest.mark.parametrize(
+        ("accelerator", "bf16", "use_cpu"),
+        [("mps", None, True), ("mps", True, True), (None, None, True), (None, True, False), ("cuda", None, False)],
+    )
+    def test_quantizer_takes_no_apple_gpu(self, monkeypatch, accelerator, bf16, use_cpu):
+        device = torch.device(accelerator) if accelerator else None
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+        assert parser._must_use_cpu(bf16) is use_cpu
+
+    @pytest.mark.parametrize(
         ("content", "words"),
         [
             ("learning_rat: 1.0", ["learning_rat", "learning_rate"]),
@@ -150,6 +161,9 @@ class TestRecipe:
             ("- 1", ["mapping"]),
             ("short_steps: many", ["short_steps", "many"]),
             ("short_steps: 40", ["final_steps=30", "short_steps=40"]),
+            ("env: [1]", ["env=[1]", "mapping"]),
+            ('bit_choices: [2, "4"]', ["bit_choices=[2, '4']", "integers"]),
+            ("num_eval_sequences: 1.5", ["num_eval_sequences=1.5", "integer"]),
         ],
     )
     def test_mistakes_are_one_line(self, capsys, tmp_path, content, words):
@@ -197,6 +211,24 @@ class TestBadInputs:
     def test_model_that_is_not_there(self, capsys, tiny, tmp_path):
         argv = ["train", *tiny.flags, "--model_name_or_path", str(tmp_path / "nothing")]
         fails_with_one_line(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "cannot be loaded")
+
+    def test_model_with_broken_weights(self, capsys, tiny, tmp_path):
+        shutil.copytree(tiny.model, tmp_path / "model")
+        (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
+        argv = ["train", *tiny.flags, "--model_name_or_path", str(tmp_path / "model")]
+        fails_with_one_line(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "cannot be loaded")
+
+    def test_model_of_an_unknown_type(self, capsys, tiny, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+        argv = ["train", *tiny.flags, "--model_name_or_path", str(tmp_path)]
+        fails_with_one_line(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "cannot be loaded", "unheard-of")
+
+    @pytest.mark.parametrize("command", ["search", "train"])
+    def test_output_directory_below_a_file(self, capsys, tiny, tmp_path, monkeypatch, command):
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(train, "load_base_model", None)  # not reached: a fine-tune fails before it loads anything
+        argv = [command, *tiny.flags, *(SEARCH_FLAGS if command == "search" else [])]
+        fails_with_one_line(capsys, [*argv, "--output_dir", str(tmp_path / "file" / "out")], str(tmp_path / "file"))
 
     def test_unreachable_budget_names_the_smallest(self, capsys, tiny, tmp_path):
         argv = ["search", *tiny.flags, *SEARCH_FLAGS, "--memory_budget", "9kB", "--output_dir", str(tmp_path / "out")]

@@ -120,7 +120,7 @@ def readme() -> str:
     return (REPOSITORY / "README.md").read_text()
 
 
-def test_every_path_of_the_file_tree_exists():
+def tree_paths() -> list[str]:
     tree = re.search(r"```text\n(peft_autoqra/.*?)```", readme(), re.DOTALL).group(1)
     folders: list[str] = []
     paths = []
@@ -131,14 +131,18 @@ def test_every_path_of_the_file_tree_exists():
             paths.append("".join(folders) + name)
         if name.endswith("/"):
             folders.append(name)
+    return paths
+
+
+def test_every_path_of_the_file_tree_exists():
+    paths = tree_paths()
     assert len(paths) > 30
     assert [path for path in paths if not (REPOSITORY / path).exists()] == []
 
 
 def test_every_module_is_in_the_file_tree():
-    tree = re.search(r"```text\n(peft_autoqra/.*?)```", readme(), re.DOTALL).group(1)
     modules = [path for path in (REPOSITORY / "peft_autoqra").rglob("*.py") if path.name != "__init__.py"]
-    assert [path.name for path in modules if path.name not in tree] == []
+    assert {path.relative_to(REPOSITORY).as_posix() for path in modules} - set(tree_paths()) == set()
 
 
 def test_linked_files_exist():

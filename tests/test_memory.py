@@ -94,6 +94,13 @@ def test_a_plan_for_some_modules_leaves_the_others_dense(tiny_llama: TinyLlamaFa
     assert measured.stored_bytes == expected.stored_bytes
 
 
+def test_a_tied_output_layer_cannot_be_planned(tiny_llama: TinyLlamaFactory) -> None:
+    with pytest.raises(InvalidPlanError, match=r"'lm_head' .* tied"):
+        MemoryModel.from_model(tiny_llama(tie_word_embeddings=True), target_modules=["lm_head"])
+    untied = MemoryModel.from_model(tiny_llama(tie_word_embeddings=False), target_modules=["lm_head"])
+    assert list(untied.modules) == ["lm_head"]
+
+
 def test_the_untouched_base_is_the_bytes_of_its_tensors(tiny_llama: TinyLlamaFactory) -> None:
     base = tiny_llama(tie_word_embeddings=True)
     unique = {tensor.data_ptr(): tensor.nbytes for tensor in (*base.parameters(), *base.buffers())}

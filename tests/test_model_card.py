@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
@@ -46,7 +47,16 @@ def test_card_of_a_bare_plan(tmp_path):
     assert "## Memory" not in (tmp_path / "README.md").read_text()
 
 
-def test_existing_readme_is_kept(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
+@pytest.mark.parametrize(
+    "mine", ["mine", "---\ntags:\n- lora\n- autoqra\n---\n\n# My model\n", "# AutoQRA plan for me"]
+)
+def test_a_readme_of_someone_else_is_kept(tmp_path, mine):
+    (tmp_path / "README.md").write_text(mine)
     PLAN.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_text() == mine
+
+
+def test_the_card_of_an_earlier_plan_is_replaced(tmp_path):
+    PLAN.replace(base_model=BaseModelInfo(name_or_path="someone/other-model")).save_pretrained(tmp_path)
+    PLAN.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == str(PLAN.generate_model_card())

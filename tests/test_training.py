@@ -17,7 +17,7 @@ from trl import SFTConfig
 from peft_autoqra import AutoQRAConfig, BaseModelInfo, BitRankPlan, LayerPlan, uniform_plan
 from peft_autoqra.errors import CalibrationError, InvalidPlanError, PlanMismatchError
 from peft_autoqra.recipe import AdapterArguments, RecipeError
-from peft_autoqra.training import FineTune, FineTuneInputs
+from peft_autoqra.training import FineTune, FineTuneInputs, TrainingDivergedError
 from tests.tiny_data import token_dataset, word_tokenizer
 from tests.tiny_folder import TinyFolder, make_tiny_folder
 
@@ -31,20 +31,22 @@ def tiny(tmp_path_factory, tiny_llama) -> TinyFolder:
 
 @pytest.fixture
 def make_finetune(tiny_llama, tmp_path):
-    def make(train: Dataset | None = None, optim: str = "adamw_torch", **adapter) -> FineTune:
+    def make(train: Dataset | None = None, recipe: dict | None = None, **adapter) -> FineTune:
         args = SFTConfig(
-            output_dir=str(tmp_path / "adapter"),
-            per_device_train_batch_size=2,
-            per_device_eval_batch_size=4,
-            max_steps=3,
-            max_length=16,
-            learning_rate=1e-2,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            optim=optim,
+            **{
+                "output_dir": str(tmp_path / "adapter"),
+                "per_device_train_batch_size": 2,
+                "per_device_eval_batch_size": 4,
+                "max_steps": 3,
+                "max_length": 16,
+                "learning_rate": 1e-2,
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "report_to": [],
+                "use_cpu": True,
+                "disable_tqdm": True,
+            }
+            | (recipe or {})
         )
         return FineTune(
             FineTuneInputs(
@@ -85,7 +87,9 @@ def test_trained_adapter_scores_the_same_after_a_reload(make_finetune, tiny_llam
     assert (tmp_path / "adapter" / "tokenizer.json").exists()
     reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
     assert torch.equal(reloaded(input_ids=tokens).logits, trained)
-    assert BitRankPlan.from_pretrained(tmp_path / "adapter") == finetune.plan
+    moments_only = finetune.plan.calibration.without_corrections()
+    trained_plan = finetune.plan.replace(initialization="zero", calibration=moments_only)
+    assert BitRankPlan.from_pretrained(tmp_path / "adapter") == trained_plan
 
 
 def test_training_lowers_the_loss(make_finetune):
@@ -122,9 +126,30 @@ def test_estimate_changes_no_weight(make_finetune):
 
 
 def test_optimizer_whose_states_are_not_known(make_finetune):
-    result = make_finetune(optim="adafactor", r=4).run()
+    result = make_finetune(recipe={"optim": "adafactor"}, r=4).run()
     assert result.estimated is None
     assert result.measured.optimizer_bytes > 0
+
+
+def test_packed_texts_are_calibrated_and_trained_on(make_finetune):
+    finetune = make_finetune(recipe={"packing": True, "max_length": 32}, bits=3, r=4)
+    assert finetune.plan.initialization == "compensate"
+    assert finetune.run().eval_loss > 0
+
+
+def test_diverged_run_leaves_an_earlier_adapter_alone(make_finetune, tmp_path):
+    finetune = make_finetune(bits=16, r=4, recipe={"learning_rate": float("inf")})
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("earlier")
+    with pytest.raises(TrainingDivergedError, match="learning_rate=inf"):
+        finetune.run()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "earlier"
+    assert not (tmp_path / "adapter" / "finetune_result.json").exists()
+
+
+def test_unknown_plan_is_refused_before_the_data_is_touched(make_finetune, monkeypatch, tmp_path):
+    monkeypatch.setattr("peft_autoqra.training.SFTData", None)
+    with pytest.raises(InvalidPlanError, match="plam"):
+        make_finetune(plan=str(tmp_path / "plam"))
 
 
 def test_plan_of_another_model_is_refused(make_finetune, tmp_path):

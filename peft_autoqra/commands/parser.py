@@ -95,8 +95,7 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         try:
             namespace = self._parse_namespace(argv)
             given = self._given(namespace)
-            if namespace.bf16 is None and not torch.accelerator.is_available():
-                namespace.use_cpu = True  # SFTConfig wants to be told before it takes its default, bf16, on a CPU
+            namespace.use_cpu = namespace.use_cpu or _must_use_cpu(namespace.bf16)
             settings = tuple(self._make(dataclass_type, namespace) for dataclass_type in self.dataclass_types)
         except (OSError, TypeError, ValueError) as error:
             self.error(str(error))
@@ -123,7 +122,10 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         return namespace
 
     def _apply_recipe(self, recipe: dict[str, Any]) -> None:
-        os.environ.update({key: str(value) for key, value in (recipe.pop("env", None) or {}).items()})
+        env = recipe.pop("env", None) or {}
+        if not isinstance(env, dict):
+            raise RecipeError(f"env={env!r} must be a mapping such as `env: {{CUDA_VISIBLE_DEVICES: 0}}`.")
+        os.environ.update({key: str(value) for key, value in env.items()})
         lists = {action.dest for action in self._actions if action.nargs == "+"}
         for key, value in recipe.items():
             if key in lists and value is not None and not isinstance(value, list):
@@ -224,6 +226,13 @@ def _topics(parser: Any, *, show_all: bool) -> list[tuple[str, set[str]]]:
                 names &= set(_COMMON_TRAINING_FIELDS)
             topics.append((titles[dataclass_type], names))
     return topics
+
+
+def _must_use_cpu(bf16: bool | None) -> bool:
+    """Apple's MPS lacks float64; and without a GPU SFTConfig wants to be told before it takes its default, bf16."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type == "mps"  # type: ignore[union-attr]
+    return bf16 is None
 
 
 def _split_config(argument: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from trl import SFTConfig
 
@@ -33,6 +34,7 @@ def run(argv: Sequence[str]) -> int:
     model_args, data_args, adapter_args, args, options = recipe.settings
     if options.dry_run:
         args.output_dir = tempfile.gettempdir()  # the trainer makes its output directory
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # fails now rather than after quantization
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
     finetune = FineTune(
         FineTuneInputs(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-IGNORED_LABEL = -100
+from peft_autoqra.errors import CalibrationError
+from peft_autoqra.importance.calibration import IGNORED_LABEL, to_device
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,15 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> HeldOutLoss:
+def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> HeldOutLoss:
     """Score batches in evaluation mode; the model's mode is restored.
 
     Args:
         model: causal language model; gets every entry of a batch but the labels.
         batches: ``input_ids`` and ``labels`` ``[batch, seq]`` (-100 is not predicted), optional ``attention_mask``.
+
+    Raises:
+        CalibrationError: no token is predicted.
     """
     was_training = model.training
     model.eval()
@@ -39,14 +44,22 @@ def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
     counts: list[int] = []
     try:
         for batch in batches:
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            losses, predicted = _token_losses(model(**inputs).logits, batch["labels"].to(device))
+            inputs = to_device(batch, device)
+            labels = inputs.pop("labels")
+            losses, predicted = _token_losses(model(**inputs).logits, labels)
             sums += losses.sum(1).tolist()
             counts += predicted.sum(1).tolist()
     finally:
         model.train(was_training)
+    if not any(counts):
+        raise CalibrationError("The held-out data holds no token to predict; give non-empty texts with labels.")
     sequence_losses = tuple(total / max(count, 1) for total, count in zip(sums, counts, strict=True))
-    return HeldOutLoss(sum(sums) / max(sum(counts), 1), sequence_losses)
+    return HeldOutLoss(sum(sums) / sum(counts), sequence_losses)
+
+
+def predicts_something(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch has a label to predict; the first token of a sequence is not."""
+    return bool((batch["labels"][:, 1:] != IGNORED_LABEL).any())
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,19 +6,22 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_autoqra.errors import CalibrationError
-from peft_autoqra.evaluation.held_out import HeldOutLoss, held_out_loss
+from peft_autoqra.evaluation.held_out import HeldOutLoss, held_out_loss, predicts_something
 from peft_autoqra.evaluation.resident_model import ResidentModel
+from peft_autoqra.importance.calibration import flags_kept
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.trial import Fidelity, TrialResult, TrialStatus
@@ -32,12 +35,15 @@ class SFTData:
     Args:
         model: decides what the trainer does with the data; not trained.
         args: the recipe of the fine-tune.
-        train_dataset: in any format that SFTTrainer takes.
+        train_dataset: in any format that SFTTrainer takes; held in memory or mapped, not streamed.
         eval_dataset: likewise.
         processing_class: the tokenizer.
+        allow_packing: take recipes that put several texts into one sequence. A search does not: it scores sequences
+            one by one.
 
     Raises:
-        CalibrationError: a data set is empty, before or after preparation.
+        CalibrationError: packing, or data that is of another kind, empty, without the columns that SFTTrainer takes,
+            or without a token to predict.
     """
 
     def __init__(
@@ -47,20 +53,28 @@ class SFTData:
         train_dataset: Dataset,
         eval_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase | None,
+        *,
+        allow_packing: bool = False,
     ) -> None:
         """Tokenize both data sets."""
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if len(dataset) == 0:
-                raise CalibrationError(f"{name} is empty; give at least one example.")
+        if not allow_packing and (args.packing or args.eval_packing or args.padding_free):
+            raise CalibrationError(
+                "Packing is not supported by the search; set packing: false, and no eval_packing or padding_free."
+            )
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        for name, dataset in datasets.items():
+            _check_dataset(name, dataset)
         quiet = quiet_arguments(args, tempfile.gettempdir())
         quiet.dataset_kwargs = args.dataset_kwargs
-        trainer = SFTTrainer(
-            model=model,
-            args=quiet,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-        )
+        try:
+            trainer = SFTTrainer(model=model, args=quiet, processing_class=processing_class, **datasets)
+        except (KeyError, ValueError) as error:
+            columns = {name: dataset.column_names for name, dataset in datasets.items()}
+            raise CalibrationError(
+                f"SFTTrainer cannot prepare the data ({type(error).__name__}: {error}). Columns: {columns}; it takes "
+                f"{args.dataset_text_field!r} (dataset_text_field), 'messages', 'prompt' and 'completion', or "
+                "'input_ids'."
+            ) from error
         self.train: Dataset = trainer.train_dataset
         self.held_out: Dataset = trainer.eval_dataset
         self.processing_class = trainer.processing_class
@@ -68,11 +82,15 @@ class SFTData:
         self._batch_size = args.per_device_eval_batch_size
         if len(self.train) == 0 or len(self.held_out) == 0:
             raise CalibrationError("No example is left after tokenization; check the columns and max_length.")
+        if not any(map(predicts_something, self._loader(self.held_out))):  # one batch, unless something is wrong
+            raise CalibrationError("eval_dataset holds no token to predict; check completions, masks and max_length.")
 
-    def batches(self, dataset: Dataset, num_sequences: int) -> list[Mapping[str, Tensor]]:
+    def batches(self, dataset: Dataset, num_sequences: int) -> list[Mapping[str, Any]]:
         """The first sequences of a prepared data set, collated in order."""
-        first = dataset.select(range(min(num_sequences, len(dataset))))
-        return list(DataLoader(first, batch_size=self._batch_size, collate_fn=self._collate))
+        return list(self._loader(dataset.select(range(min(num_sequences, len(dataset))))))
+
+    def _loader(self, dataset: Dataset) -> DataLoader[Any]:
+        return DataLoader(dataset, batch_size=self._batch_size, collate_fn=self._collate)
 
 
 class SFTEvaluator:
@@ -96,7 +114,7 @@ class SFTEvaluator:
         """Nothing is evaluated yet."""
         self._resident, self._data, self._bank, self._args = resident, data, bank, args
         self._lora_alpha = lora_alpha
-        self._held_out_batches: dict[int, list[Mapping[str, Tensor]]] = {}
+        self._held_out_batches: dict[int, list[Mapping[str, Any]]] = {}
 
     def evaluate(self, plan: BitRankPlan, fidelity: Fidelity) -> TrialResult:
         """Evaluate one plan; whatever goes wrong becomes a failed result."""
@@ -126,13 +144,10 @@ class SFTEvaluator:
             calibrated = plan.replace(calibration=self._bank.for_layers(plan))
         config = AutoQRAConfig(plan=calibrated, lora_alpha=self._lora_alpha, task_type="CAUSAL_LM")
         torch.manual_seed(fidelity.seed)
-        peft_model = add_dense_adapter(self._resident.model, config)
-        try:
-            with tempfile.TemporaryDirectory() as directory:
-                self._train(peft_model, fidelity, directory)
+        with left_as_it_was(self._resident.model), tempfile.TemporaryDirectory() as directory:
+            peft_model = add_dense_adapter(self._resident.model, config)
+            self._train(peft_model, fidelity, directory)
             return self._held_out_loss(peft_model, fidelity)
-        finally:
-            peft_model.unload()
 
     def _train(self, model: nn.Module, fidelity: Fidelity, directory: str) -> None:
         args = quiet_arguments(self._args, directory)
@@ -141,7 +156,8 @@ class SFTEvaluator:
         trainer = SFTTrainer(
             model=model, args=args, train_dataset=self._data.train, processing_class=self._data.processing_class
         )
-        trainer.remove_callback(_progress_callback(trainer))
+        for callback in (PrinterCallback, ProgressCallback):  # they print a line at the end of a run
+            trainer.remove_callback(callback)
         trainer.train()
 
     def _held_out_loss(self, model: nn.Module, fidelity: Fidelity) -> HeldOutLoss:
@@ -163,7 +179,39 @@ def quiet_arguments(args: SFTConfig, output_dir: str) -> SFTConfig:
     return quiet
 
 
-def _progress_callback(trainer: SFTTrainer) -> Any:
-    """The callback that prints the last line of a run, where there is one."""
-    names = ("PrinterCallback", "ProgressCallback")
-    return next((c for c in trainer.callback_handler.callbacks if type(c).__name__ in names), type(None))
+@contextmanager
+def left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Adapters, flags, gradient checkpointing and its hooks are gone at the end, also after an error.
+
+    PEFT, TRL and transformers may each hook the embeddings, and of several hooks transformers removes the last only.
+    """
+    embeddings = model.get_input_embeddings()
+    hooks = set(embeddings._forward_hooks)
+    checkpointing = [(m, m.gradient_checkpointing) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    use_cache = model.config.use_cache
+    try:
+        with flags_kept(model):
+            yield
+    finally:
+        _remove_adapters(model)
+        for hook in embeddings._forward_hooks.keys() - hooks:
+            del embeddings._forward_hooks[hook]
+        for module, was_checkpointing in checkpointing:
+            module.gradient_checkpointing = was_checkpointing
+        model.config.use_cache = use_cache
+
+
+def _remove_adapters(model: nn.Module) -> None:
+    """As PEFT's ``unload()``, which there is no object for when adding adapters failed half-way."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _check_dataset(name: str, dataset: object) -> None:
+    if not isinstance(dataset, Dataset):
+        raise CalibrationError(f"{name} is a {type(dataset).__name__}; give one datasets.Dataset, not streamed.")
+    if len(dataset) == 0:
+        raise CalibrationError(f"{name} is empty; give at least one example.")

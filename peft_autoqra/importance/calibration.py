@@ -23,7 +23,7 @@ IGNORED_LABEL = -100
 
 def calibrate(
     model: PreTrainedModel,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Any]],
     module_names: Sequence[str],
     *,
     seed: int = 0,
@@ -43,7 +43,7 @@ def calibrate(
     Args:
         model: a causal language model of any floating dtype.
         batches: ``input_ids`` ``[batch, seq]``; optional ``attention_mask`` (0 excludes a position) and ``labels``
-            (-100 excludes a prediction, other values do not matter); other keys go to the model.
+            (-100 excludes a prediction, other values do not matter); other entries go to the model.
         module_names: dotted names of ``nn.Linear`` or transformers' ``Conv1D`` modules.
         seed: of the sampled tokens.
         fingerprint: kept with the statistics; names the model, data and settings.
@@ -59,7 +59,8 @@ def calibrate(
     generator = torch.Generator(model.get_input_embeddings().weight.device).manual_seed(seed)
     num_predictions = 0
     with ExitStack() as stack:
-        stack.enter_context(_frozen(model))
+        stack.enter_context(flags_kept(model))
+        model.eval().requires_grad_(False)
         stack.enter_context(recorder.attached())
         stack.enter_context(_gradients_from(model.get_input_embeddings()))
         stack.enter_context(torch.enable_grad())
@@ -68,6 +69,25 @@ def calibrate(
     if num_predictions == 0:
         raise CalibrationError("The calibration data holds no token to predict; give non-empty texts with labels.")
     return CalibrationStatistics(recorder.statistics(num_predictions), fingerprint=fingerprint)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device; a padding-free one holds integers too, which stay as they are."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's mode and every parameter's ``requires_grad`` come back, also after an error."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+        for parameter, required_grad in trainable:
+            parameter.requires_grad_(required_grad)
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -108,15 +128,14 @@ def _find_linear_modules(model: nn.Module, module_names: Sequence[str]) -> dict[
 
 
 def _forward_backward(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], recorder: _Recorder, generator: torch.Generator
+    model: PreTrainedModel, batch: Mapping[str, Any], recorder: _Recorder, generator: torch.Generator
 ) -> int:
     """Back-propagate the summed token losses of one batch; the hooks do the measuring.
 
     Returns:
         Number of predicted tokens.
     """
-    device = model.get_input_embeddings().weight.device
-    inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
+    inputs = to_device(batch, model.get_input_embeddings().weight.device)
     labels = inputs.pop("labels", inputs["input_ids"])
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     # A prediction counts when both its position and its target are real tokens (left padding has neither).
@@ -129,21 +148,6 @@ def _forward_backward(
     sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
     functional.cross_entropy(logits, sampled, reduction="sum").backward()
     return num_predictions
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients; every module's and parameter's own flag comes back."""
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, was_training in training:
-            module.training = was_training
-        for parameter, required_grad in trainable:
-            parameter.requires_grad_(required_grad)
 
 
 @contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.importance.calibration import calibrate, linear_weights
 from peft_autoqra.importance.error_table import ErrorTable, ErrorTableSettings, Quantize, build_error_table
 from peft_autoqra.plan import DENSE_BITS, LayerPlan, QuantizerSettings
-from peft_autoqra.plan_calibration import Correction, PlanCalibration
+from peft_autoqra.plan_calibration import CALIBRATION_FILE, Correction, PlanCalibration
 from peft_autoqra.quant.affine import quantize_affine
 from peft_autoqra.quant.quantized_weight import fit_group_size
 
@@ -60,36 +62,42 @@ class CalibrationBank:
                 )
             moments[name] = calibration.input_second_moments[name]
             if layer.rank:
-                corrections[name] = _cut(calibration.corrections[name], layer.rank, name)
+                corrections[name] = cut_correction(calibration.corrections[name], layer.rank, name)
         return PlanCalibration(input_second_moments=moments, corrections=corrections)
 
     def save(self, directory: Path) -> None:
-        """Write the table and one folder a bit-width; the table last, so that half a bank is not taken for whole."""
-        for bits, calibration in self.calibrations.items():
-            folder = directory / f"{bits}bit"
-            folder.mkdir(parents=True, exist_ok=True)
-            calibration.save(folder)
-        partial = directory / f"{_TABLE_FILE}.partial"
-        self.error_table.save(partial)
-        partial.replace(directory / _TABLE_FILE)
+        """Write the table and one folder a bit-width; the whole bank appears at once or not at all."""
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as partial:
+            for bits, calibration in self.calibrations.items():
+                folder = Path(partial) / "bank" / f"{bits}bit"
+                folder.mkdir(parents=True)
+                calibration.save(folder)
+            (Path(partial) / "bank").mkdir(exist_ok=True)
+            self.error_table.save(Path(partial) / "bank" / _TABLE_FILE)
+            shutil.rmtree(directory, ignore_errors=True)
+            (Path(partial) / "bank").replace(directory)
 
     @classmethod
     def load(cls, directory: Path, settings: ErrorTableSettings) -> CalibrationBank | None:
-        """Read a bank made with these settings; None where there is none, or one of other settings."""
-        if not (directory / _TABLE_FILE).is_file():
-            return None
+        """Read a bank made with these settings; None where there is none, a damaged one or one of other settings."""
         try:
             table = ErrorTable.load(directory / _TABLE_FILE, settings)
-        except CalibrationError:
+            calibrations = {
+                bits: PlanCalibration.load(directory / f"{bits}bit" / CALIBRATION_FILE)
+                for bits in settings.bit_choices
+            }
+        except (CalibrationError, InvalidPlanError, OSError):
             return None
-        calibrations = {
-            bits: PlanCalibration.load(directory / f"{bits}bit" / "autoqra_calibration.safetensors")
-            for bits in settings.bit_choices
-        }
         return cls(table, calibrations)
 
 
-def _cut(correction: Correction, rank: int, name: str) -> Correction:
+def cut_correction(correction: Correction, rank: int, name: str) -> Correction:
+    """The best correction of a smaller rank: the first components.
+
+    Raises:
+        InvalidPlanError: the correction has fewer.
+    """
     if rank > correction.rank:
         raise InvalidPlanError(f"Rank {rank} of {name!r} is above the calibrated {correction.rank}; calibrate higher.")
     return Correction(left=correction.left[:, :rank], right=correction.right[:rank])
@@ -103,15 +111,15 @@ def bank_settings(
     bit_choices: Iterable[int],
     max_rank: int,
 ) -> ErrorTableSettings:
-    """Settings whose fingerprint names the weights, the calibration data and the quantizer."""
+    """Settings whose fingerprint names all that a bank depends on."""
+    bit_choices = tuple(sorted(set(bit_choices)))
     digest = hashlib.sha256(fingerprint_weights(linear_weights(model, module_names)).encode())
     for batch in batches:
         for key, value in sorted(batch.items()):
-            digest.update(f"{key}:{tuple(value.shape)}:".encode() + value.cpu().numpy().tobytes())
-    digest.update(json.dumps([FORMAT_VERSION, quantizer.backend, quantizer.group_size, str(model.dtype)]).encode())
-    return ErrorTableSettings(
-        bit_choices=tuple(sorted(set(bit_choices))), max_rank=max_rank, fingerprint=digest.hexdigest()[:32]
-    )
+            content = repr(value.tolist() if isinstance(value, Tensor) else value)
+            digest.update(f"{key}:{content}".encode())
+    digest.update(json.dumps([FORMAT_VERSION, asdict(quantizer), str(model.dtype), bit_choices, max_rank]).encode())
+    return ErrorTableSettings(bit_choices=bit_choices, max_rank=max_rank, fingerprint=digest.hexdigest()[:32])
 
 
 def build_calibration_bank(

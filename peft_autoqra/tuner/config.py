@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import ADAPTER_FILE, DENSE_BITS, FORMAT_VERSION, BitRankPlan, LayerPlan, QuantizerSettings
-from peft_autoqra.plan_calibration import PlanCalibration
+from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 
 COMPENSATE = "compensate"
 _REFUSED_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva", "mica")
@@ -33,8 +33,8 @@ class AutoQRAConfig(LoraConfig):
 
     Args:
         plan: bits and rank of every module: a :class:`~peft_autoqra.BitRankPlan`, a mapping like it, or a folder or
-            hub id of one. It decides ``target_modules``, ``r``, ``rank_pattern``, ``bits_pattern`` and the quantizer;
-            giving any of them beside it is an error.
+            hub id of one. It decides ``target_modules``, ``r``, ``rank_pattern``, ``bits``, ``bits_pattern``,
+            ``group_size`` and ``quant_backend``; giving other values beside it is an error.
         bits: bits of the targeted modules without a plan: 2, 3, 4, 8 or 16 (unquantized).
         bits_pattern: module name or regular expression to bits, matched as ``rank_pattern`` is; takes precedence over
             ``bits``. A module that matches but is not targeted is quantized without an adapter. Applying the
@@ -43,10 +43,12 @@ class AutoQRAConfig(LoraConfig):
         quant_backend: ``"native"``, or ``"bitsandbytes"`` for NF4 with double quantization (4 bits only).
         init_lora_weights: None takes the plan's initialization; ``"compensate"`` starts the adapter at the calibrated
             correction of the quantization error (needs a calibrated plan); ``True`` starts at zero as plain LoRA does.
+        lora_alpha: None takes the value that the plan was searched with, else 8.
         use_rslora: None means True: scaling ``lora_alpha / sqrt(r)``, so that one learning rate fits every rank.
         target_modules: without a plan ``"all-linear"`` by default.
         base_fingerprint: hash of the base weights the configuration was made for; filled in when it is applied.
-        calibrated: whether the base was quantized with calibration, which then lies beside the adapter; filled in.
+        calibration_digest: of the calibration that the base was quantized with, which then lies beside the adapter;
+            filled in.
         autoqra_version: version of the format on disk; not to be set by hand.
 
     All other arguments are :class:`peft.LoraConfig`'s.
@@ -59,16 +61,17 @@ class AutoQRAConfig(LoraConfig):
     if TYPE_CHECKING:
         target_modules: Any
 
-    # PEFT reads the metadata of these two fields, so a new default must keep it.
+    # PEFT reads the metadata of these three fields, so a new default must keep it.
     init_lora_weights: Any = field(default=None, metadata=_lora_metadata("init_lora_weights"))
     use_rslora: bool | None = field(default=None, metadata=_lora_metadata("use_rslora"))
+    lora_alpha: int | None = field(default=None, metadata=_lora_metadata("lora_alpha"))
     plan: Any = None
     bits: int = 4
     bits_pattern: dict[str, int] = field(default_factory=dict)
     group_size: int = 64
     quant_backend: Literal["native", "bitsandbytes"] = "native"
     base_fingerprint: str | None = None
-    calibrated: bool = False
+    calibration_digest: str | None = None
     autoqra_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -88,6 +91,8 @@ class AutoQRAConfig(LoraConfig):
             self.init_lora_weights = True
         if self.use_rslora is None:
             self.use_rslora = True
+        if self.lora_alpha is None:
+            self.lora_alpha = LoraConfig.lora_alpha
         super().__post_init__()
 
     def _apply_plan(self, plan: BitRankPlan) -> None:
@@ -97,21 +102,39 @@ class AutoQRAConfig(LoraConfig):
         self.calibration = plan.calibration
         if self.bits_pattern == bits_pattern:  # a copy made by dataclasses.replace, as PEFT does to combine adapters
             return
-        given = [name for name in ("target_modules", "rank_pattern", "bits_pattern") if getattr(self, name)]
-        if given:
-            raise InvalidPlanError(f"The plan already decides {given}; leave them out, or give no plan.")
         ranks = {name: layer.rank for name, layer in plan.items() if layer.rank}
         if not ranks:
             raise InvalidPlanError("Every rank of the plan is 0: there is nothing to train. Give some module a rank.")
+        self._check_nothing_contradicts(plan)
         self.target_modules = list(ranks)
         self.r = max(ranks.values())
         self.rank_pattern = {exact_pattern(name): rank for name, rank in ranks.items() if rank != self.r}
         self.bits_pattern = bits_pattern
         self.quant_backend, self.group_size = plan.quantizer.backend, plan.quantizer.group_size
         self.base_fingerprint = plan.base_model.fingerprint
-        self.calibrated = self.calibration is not None and bool(self.calibration.input_second_moments)
+        adapter_calibration = self._adapter_calibration()
+        self.calibration_digest = adapter_calibration.digest if adapter_calibration else None
+        if self.lora_alpha is None:
+            self.lora_alpha = plan.provenance.get("lora_alpha")
         if self.init_lora_weights is None and plan.initialization == COMPENSATE:
             self.init_lora_weights = COMPENSATE
+
+    def _check_nothing_contradicts(self, plan: BitRankPlan) -> None:
+        """Defaults cannot be told from values that were not given, so they pass."""
+        given = [name for name in ("target_modules", "rank_pattern", "bits_pattern") if getattr(self, name)]
+        bits = {layer.bits for layer in plan.values()}
+        decided = {
+            "r": max(layer.rank for layer in plan.values()),
+            "bits": min(bits) if len(bits) == 1 else AutoQRAConfig.bits,
+            "group_size": plan.quantizer.group_size,
+            "quant_backend": plan.quantizer.backend,
+        }
+        given += [n for n, value in decided.items() if getattr(self, n) not in (value, getattr(AutoQRAConfig, n))]
+        if given:
+            raise InvalidPlanError(f"The plan already decides {given}; leave them out, or give no plan.")
+
+    def _adapter_calibration(self) -> PlanCalibration | None:
+        return self.calibration.without_corrections() if self.calibration is not None else None
 
     def _check_values(self) -> None:
         for bits in (self.bits, *self.bits_pattern.values()):
@@ -157,11 +180,14 @@ class AutoQRAConfig(LoraConfig):
         """Write adapter_config.json, the calibration that a reload needs, and the plan into the adapter's header."""
         super().save_pretrained(save_directory, **kwargs)
         directory = Path(save_directory)
-        if self.calibration is not None and self.calibrated:
-            PlanCalibration(input_second_moments=self.calibration.input_second_moments).save(directory)
+        calibration = self._adapter_calibration()
+        if calibration is not None:
+            calibration.save(directory, ADAPTER_CALIBRATION_FILE)
         adapter = directory / ADAPTER_FILE
         if self.plan is not None and adapter.exists():
-            _add_header(adapter, self.plan.to_metadata())
+            # the trained adapter has taken the place of the corrections, so whoever trains the plan again starts at 0
+            plan = self.plan.replace(initialization="zero", calibration=calibration)
+            _add_header(adapter, plan.to_metadata())
 
 
 def exact_pattern(module_name: str) -> str:

@@ -22,6 +22,7 @@ from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.plan import DENSE_BITS, BaseModelInfo, BitRankPlan, LayerPlan
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backend
+from peft_autoqra.target_modules import check_untied
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, exact_pattern
 
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
@@ -69,7 +70,13 @@ def quantize_base(
     targets = _resolve_targets(model, config)
     for target in targets:
         _check_target(target, config)
+    check_untied(model, {target.name: layer for target, layer in _to_quantize(targets)})
     _check_no_adapter_would_change(model, targets)
+    if config.calibration_digest is not None and config.calibration is None:
+        raise InvalidPlanError(
+            "The configuration was made with a calibration that it has lost; read it with PeftConfig.from_pretrained, "
+            "and change its values in place."
+        )
     fingerprint = _check_fingerprint(targets, config, earlier_configs)
     _swap_all(model, targets, config)
     _record_exact_patterns(targets, config)
@@ -173,8 +180,8 @@ def _check_target(target: _Target, config: AutoQRAConfig) -> None:
         if not make_backend(config.quantizer).could_have_made(layer, wanted.bits, _moment(target, config), name):
             raise InvalidPlanError(
                 f"{name!r} is quantized to {layer_bits(layer)} bits already, and not as the new adapter wants: "
-                f"{wanted.bits} bits, {config.quantizer}, {'with' if config.calibrated else 'without'} calibration. "
-                "Use the same settings, or load the base model again."
+                f"{wanted.bits} bits, {config.quantizer}, {'with' if config.calibration_digest else 'without'} "
+                "calibration. Use the same settings, or load the base model again."
             )
     elif type(layer) is not nn.Linear:
         if wanted.bits == DENSE_BITS and isinstance(layer, _ADAPTABLE):
@@ -283,11 +290,14 @@ def _check_fingerprint(
 def _swap_all(model: nn.Module, targets: list[_Target], config: AutoQRAConfig) -> None:
     backend = make_backend(config.quantizer)
     with _skip_init_on_device():
-        for target in targets:
-            if type(target.layer) is not nn.Linear or target.wanted.bits == DENSE_BITS:
-                continue
-            quantized = backend.quantize(target.layer, target.wanted.bits, _moment(target, config), target.name)
-            replace_layer(model, target.name, quantized.train(target.layer.training))
+        for target, layer in _to_quantize(targets):
+            quantized = backend.quantize(layer, target.wanted.bits, _moment(target, config), target.name)
+            replace_layer(model, target.name, quantized.train(layer.training))
+
+
+def _to_quantize(targets: Iterable[_Target]) -> list[tuple[_Target, nn.Linear]]:
+    """Lists no layer that is quantized already or stays dense."""
+    return [(t, t.layer) for t in targets if type(t.layer) is nn.Linear and t.wanted.bits != DENSE_BITS]
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfigMixin, _check_and_remove_unused_kwargs
@@ -12,7 +13,7 @@ from peft.utils import PeftType
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import FORMAT_VERSION, locate_file
-from peft_autoqra.plan_calibration import CALIBRATION_FILE, PlanCalibration
+from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel
 
@@ -58,20 +59,21 @@ def _with_calibration(original: Any) -> Any:
         cls: type, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, AutoQRAConfig) and config.calibrated:
+        if isinstance(config, AutoQRAConfig) and config.calibration_digest:
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)  # type: ignore[attr-defined]
-            config.calibration = _load_calibration(pretrained_model_name_or_path, subfolder, hub_kwargs)
+            path = _locate_calibration(pretrained_model_name_or_path, subfolder, hub_kwargs)
+            config.calibration = PlanCalibration.load(path, config.calibration_digest)
         return config
 
     return from_pretrained
 
 
-def _load_calibration(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> PlanCalibration:
+def _locate_calibration(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path:
     prefix = f"{subfolder}/" if subfolder else ""
-    path = locate_file(prefix + CALIBRATION_FILE, str(model_id), **hub_kwargs)
+    path = locate_file(prefix + ADAPTER_CALIBRATION_FILE, str(model_id), **hub_kwargs)
     if path is None:
         raise InvalidPlanError(
-            f"{CALIBRATION_FILE} is missing beside the adapter in {model_id!r}; without it the base cannot be "
+            f"{ADAPTER_CALIBRATION_FILE} is missing beside the adapter in {model_id!r}; without it the base cannot be "
             "quantized as it was in training. Copy it there."
         )
-    return PlanCalibration.load(path)
+    return path

@@ -115,6 +115,13 @@ def test_ignored_labels_are_not_predicted(model):
     assert statistics[ATTENTION[0]].num_tokens == 8
 
 
+def test_other_entries_of_a_batch_go_to_the_model_as_they_are(model):
+    """TRL's padding-free collator adds the length of the longest text as an integer."""
+    ids = tokens(1, 8)
+    plain, packed = (calibrate(model, [{"input_ids": ids} | extra], NAMES) for extra in ({}, {"max_length_q": 8}))
+    assert torch.equal(plain[NAMES[0]].input_gram, packed[NAMES[0]].input_gram)
+
+
 def test_same_seed_same_statistics(model):
     first, second = (calibrate(model, [{"input_ids": tokens(2, 9)}], NAMES, seed=1) for _ in range(2))
     for name in NAMES:

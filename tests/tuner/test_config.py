@@ -33,7 +33,7 @@ def test_a_plan_decides_modules_ranks_bits_and_quantizer() -> None:
     assert config.bits_pattern == {r"^a\.q_proj": 3, r"^a\.k_proj": 16, r"^b\.q_proj": 2}
     assert config.quantizer == PLAN.quantizer
     assert config.base_fingerprint == "f" * 32
-    assert not config.calibrated
+    assert config.calibration_digest is None
 
 
 def test_defaults() -> None:
@@ -52,6 +52,22 @@ def test_what_is_given_beats_the_defaults() -> None:
     assert (config.lora_alpha, config.lora_dropout) == (3, 0.1)
     assert AutoQRAConfig(plan=COMPENSATED).init_lora_weights == "compensate"
     assert AutoQRAConfig(plan=COMPENSATED, init_lora_weights="gaussian").init_lora_weights == "gaussian"
+
+
+def test_the_plans_own_values_may_be_repeated() -> None:
+    plan = BitRankPlan({"a": LayerPlan(3, 4)}, quantizer=QuantizerSettings(group_size=32))
+    config = AutoQRAConfig(plan=plan, r=4, bits=3, group_size=32, quant_backend="native")
+    assert config == AutoQRAConfig(plan=plan, bits=3)
+
+
+def test_alpha_is_the_one_that_was_searched(tmp_path: Path) -> None:
+    searched = PLAN.replace(provenance={"lora_alpha": 32})
+    assert AutoQRAConfig(plan=searched).lora_alpha == 32
+    assert AutoQRAConfig(plan=searched, lora_alpha=8).lora_alpha == 8
+    assert AutoQRAConfig(plan=PLAN).lora_alpha == AutoQRAConfig().lora_alpha == 8
+    AutoQRAConfig(plan=searched, lora_alpha=3).save_pretrained(tmp_path)
+    assert AutoQRAConfig.from_pretrained(tmp_path).lora_alpha == 3
+    assert replace(AutoQRAConfig(plan=searched, lora_alpha=3), r=2).lora_alpha == 3
 
 
 @pytest.mark.parametrize(
@@ -74,6 +90,9 @@ def test_what_is_given_beats_the_defaults() -> None:
         ({"plan": PLAN, "target_modules": ["q_proj"]}, r"already decides \['target_modules'\]"),
         ({"plan": PLAN, "rank_pattern": {"q_proj": 3}}, "already decides .*rank_pattern"),
         ({"plan": PLAN, "bits_pattern": {"q_proj": 3}}, "already decides .*bits_pattern"),
+        ({"plan": PLAN, "r": 64, "group_size": 128}, r"already decides \['r', 'group_size'\]"),
+        ({"plan": PLAN, "bits": 2}, r"already decides \['bits'\]"),
+        ({"plan": PLAN, "quant_backend": "bitsandbytes"}, r"already decides \['quant_backend'\]"),
         ({"plan": BitRankPlan({"a": LayerPlan(4, 0)})}, "Every rank of the plan is 0"),
         ({"plan": 3}, "plan=3"),
         ({"plan": {"a": (4, 8)}}, "LayerPlan"),
@@ -129,8 +148,8 @@ def test_saving_without_an_adapter_beside_it(tmp_path: Path) -> None:
     AutoQRAConfig(plan=COMPENSATED).save_pretrained(tmp_path)
     loaded = AutoQRAConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, AutoQRAConfig)
-    assert loaded.calibrated
     assert loaded.calibration is not None
+    assert loaded.calibration_digest == loaded.calibration.digest
     assert loaded.bits_pattern == AutoQRAConfig(plan=PLAN).bits_pattern
 
 

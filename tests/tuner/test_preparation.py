@@ -1,5 +1,6 @@
 """Quantizing the base in place: what it makes, and that every error leaves the model as it was."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,16 @@ def test_settings_that_do_not_fit_leave_the_model_unchanged(
     with pytest.raises(AutoQRAError, match=message):
         get_peft_model(model, AutoQRAConfig(**settings))
     assert_unchanged(model, before)
+
+
+def test_a_tied_weight_is_not_quantized(tiny_llama: TinyLlamaFactory) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    before = snapshot(model)
+    config = AutoQRAConfig(plan={"lm_head": LayerPlan(4, 0), "model.layers.0.mlp.up_proj": LayerPlan(4, 4)})
+    with pytest.raises(InvalidPlanError, match=r"'lm_head' cannot be quantized by itself: its weight is tied"):
+        get_peft_model(model, copy.copy(config))
+    assert_unchanged(model, before)
+    get_peft_model(tiny_llama(tie_word_embeddings=False), config)
 
 
 def test_weights_that_are_not_finite_are_named_and_left_alone(tiny_llama: TinyLlamaFactory) -> None:

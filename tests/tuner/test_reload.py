@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -17,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.plan import ADAPTER_FILE, BitRankPlan
-from peft_autoqra.plan_calibration import CALIBRATION_FILE, PlanCalibration
+from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.tuner.config import AutoQRAConfig
 from tests.conftest import TinyLlamaFactory
 from tests.tuner.synthetic import calibrated_plan, logits, mixed_plan, randomize_adapters
@@ -149,7 +151,7 @@ def test_the_folder_of_a_compensated_adapter_gives_its_bits_and_moments(
 ) -> None:
     adapter, _ = save_adapter(save_base(tiny_llama, tmp_path), compensated)
     plan = BitRankPlan.from_pretrained(adapter)
-    model = get_peft_model(tiny_llama(), AutoQRAConfig(plan=plan, init_lora_weights=True))
+    model = get_peft_model(tiny_llama(), AutoQRAConfig(plan=plan))
     reference = PeftModel.from_pretrained(tiny_llama(), adapter)
     with model.disable_adapter(), reference.disable_adapter():
         assert torch.equal(logits(model), logits(reference))
@@ -157,14 +159,26 @@ def test_the_folder_of_a_compensated_adapter_gives_its_bits_and_moments(
 
 def test_the_adapter_carries_moments_but_no_corrections(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     adapter, _ = save_adapter(save_base(tiny_llama, tmp_path), compensated)
-    calibration = PlanCalibration.load(adapter / CALIBRATION_FILE)
+    calibration = PlanCalibration.load(adapter / ADAPTER_CALIBRATION_FILE)
     assert not calibration.corrections
     assert calibration.input_second_moments
 
 
 def test_an_adapter_without_calibration_has_no_calibration_file(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     adapter, _ = save_adapter(save_base(tiny_llama, tmp_path), mixed)
-    assert not (adapter / CALIBRATION_FILE).exists()
+    assert not (adapter / ADAPTER_CALIBRATION_FILE).exists()
+
+
+def test_a_plan_and_the_adapter_of_another_may_share_a_folder(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    base = save_base(tiny_llama, tmp_path)
+    plan = calibrated_plan(load_base(base))
+    other = plan.replace(calibration=PlanCalibration(corrections=plan.calibration.corrections))
+    other.save_pretrained(tmp_path / "adapter")
+    adapter, expected = save_adapter(base, compensated)
+    assert torch.equal(logits(PeftModel.from_pretrained(load_base(base), adapter)), expected)
+    kept = BitRankPlan.from_pretrained(adapter)
+    assert kept.calibration.digest == other.calibration.digest
+    get_peft_model(load_base(base), AutoQRAConfig(plan=kept))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -178,7 +192,7 @@ def test_the_configuration_on_disk_is_one_that_plain_peft_understands(
     assert config["use_rslora"] is True
     assert "plan" not in config
     assert config["autoqra_version"] == 1
-    assert config["calibrated"] is (name == "compensated")
+    assert (config["calibration_digest"] is not None) is (name == "compensated")
     assert len(config["base_fingerprint"]) == 32
 
 
@@ -213,9 +227,27 @@ def test_an_adapter_of_a_newer_format(tiny_llama: TinyLlamaFactory, tmp_path: Pa
 def test_a_missing_calibration_file(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     base = save_base(tiny_llama, tmp_path)
     adapter, _ = save_adapter(base, compensated)
-    (adapter / CALIBRATION_FILE).unlink()
-    with pytest.raises(InvalidPlanError, match=rf"{CALIBRATION_FILE} is missing beside the adapter"):
+    (adapter / ADAPTER_CALIBRATION_FILE).unlink()
+    with pytest.raises(InvalidPlanError, match=rf"{ADAPTER_CALIBRATION_FILE} is missing beside the adapter"):
         PeftModel.from_pretrained(load_base(base), adapter)
+
+
+def test_the_calibration_of_another_adapter(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    base = save_base(tiny_llama, tmp_path)
+    adapter, _ = save_adapter(base, compensated)
+    PlanCalibration(input_second_moments={"a": np.ones(2, np.float32)}).save(adapter, ADAPTER_CALIBRATION_FILE)
+    with pytest.raises(PlanMismatchError, match=rf"{ADAPTER_CALIBRATION_FILE} belongs to another plan or adapter"):
+        PeftModel.from_pretrained(load_base(base), adapter)
+    with pytest.raises(PlanMismatchError, match=rf"{ADAPTER_CALIBRATION_FILE} belongs to another plan or adapter"):
+        BitRankPlan.from_pretrained(adapter)
+
+
+def test_a_configuration_that_lost_its_calibration(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    base = save_base(tiny_llama, tmp_path)
+    adapter, _ = save_adapter(base, compensated)
+    config = replace(PeftConfig.from_pretrained(adapter), lora_dropout=0.1)
+    with pytest.raises(InvalidPlanError, match="calibration that it has lost"):
+        get_peft_model(load_base(base), config)
 
 
 def test_an_adapter_on_another_base(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
