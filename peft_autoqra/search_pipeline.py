@@ -143,7 +143,7 @@ class SearchPipeline:
         uniform = self._best_uniform()
         if uniform is not None:
             starts.setdefault(uniform, "uniform")
-        return starts
+        return starts or {self.problem.smallest_trainable_candidate(): "smallest"}
 
     def _run_warm_starts(self) -> dict[Candidate, Trial]:
         """Short runs of the warm starts."""

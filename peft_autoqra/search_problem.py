@@ -57,13 +57,20 @@ class SearchProblem:
 
     @property
     def smallest_trainable_bytes(self) -> int:
-        """Total bytes of the smallest candidate that has an adapter somewhere."""
+        """Total bytes of :meth:`smallest_trainable_candidate`."""
+        return self.total_bytes(self.smallest_trainable_candidate())
+
+    def smallest_trainable_candidate(self) -> Candidate:
+        """Of the candidates with an adapter somewhere the one that takes the fewest bytes."""
+        smallest = self.smallest_candidate()
         if self.space.rank_choices[0] > 0:
-            return self.smallest_bytes
+            return smallest
         allowed = self.space.allowed_choices()
-        sizes = np.where(allowed, self.bytes_table, np.iinfo(np.int64).max)
-        extra = sizes[:, :, 1:].min(axis=(1, 2)) - sizes.min(axis=(1, 2))
-        return self.smallest_bytes + int(extra.min())
+        sizes = np.where(allowed, self.bytes_table, np.iinfo(np.int64).max)[:, :, 1:]
+        extra = sizes.min(axis=(1, 2)) - self._lookup(self.bytes_table, smallest)
+        group = int(extra.argmin())
+        bits, rank = np.unravel_index(sizes[group].argmin(), sizes[group].shape)
+        return (*smallest[:group], (int(bits), int(rank) + 1), *smallest[group + 1 :])
 
     def smallest_candidate(self) -> Candidate:
         """Every group at the allowed choice that takes the fewest bytes."""
