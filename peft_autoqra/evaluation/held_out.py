@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_autoqra.errors import CalibrationError
-from peft_autoqra.importance.calibration import IGNORED_LABEL, to_device
+from peft_autoqra.importance.calibration_batch import IGNORED_LABEL, to_device
 
 
 @dataclass(frozen=True)

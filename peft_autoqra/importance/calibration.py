@@ -1,33 +1,60 @@
-"""One forward and backward pass over calibration data that measures every linear module's statistics."""
+"""Forward and backward passes over calibration data that measure every linear module's statistics."""
 
 from __future__ import annotations
 
 import difflib
-import weakref
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain as joined
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from torch.nn import functional
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.errors import CalibrationError
-from peft_autoqra.importance.statistics import CalibrationStatistics, ModuleStatistics
+from peft_autoqra.fingerprint import fingerprint_weights
+from peft_autoqra.importance.block_calibration import BlockCalibration
+from peft_autoqra.importance.block_chain import BlockChain
+from peft_autoqra.importance.calibration_batch import CalibrationBatch
+from peft_autoqra.importance.recorder import StatisticsRecorder
+from peft_autoqra.importance.statistics import FORMAT_VERSION, CalibrationStatistics, StatisticsStore
 
-IGNORED_LABEL = -100
+MAX_GRAM_FEATURES = 16384
+"""At this width the Gram of one input takes 1 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    Attributes:
+        seed: of the sampled tokens.
+        directory: where statistics and, while it runs, activations are kept, so that memory holds neither, a
+            calibration that was stopped goes on, and one that is done is not done again; None keeps all in memory.
+        max_gram_features: inputs that are wider get the diagonal of their Gram only.
+        show_progress: show a progress bar.
+    """
+
+    seed: int = 0
+    directory: Path | None = None
+    max_gram_features: int = MAX_GRAM_FEATURES
+    show_progress: bool = False
 
 
 def calibrate(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
     module_names: Sequence[str],
-    *,
-    seed: int = 0,
-    fingerprint: str = "",
+    options: CalibrationOptions | None = None,
 ) -> CalibrationStatistics:
     """Measure input and output-gradient second moments; see :class:`ModuleStatistics` for what they estimate.
 
@@ -36,58 +63,80 @@ def calibrate(
     2019). On SmolLM2 and reviews, rank 16, the estimates came to 0.9 to 1.1 times the divergence from the 16-bit model
     at 2, 3 and 4 bits (empirical: 1.4 to 1.7 times), without correction to 1.0, 1.3 and 1.4 times (1.5, 2.0, 2.0).
 
+    A model that is a chain of blocks is passed block by block: all batches forward through one block after the other,
+    then back again, where each block runs a second time. So one block's graph and statistics are held at a time, and
+    a model that accelerate keeps on disk (``device_map``) is read twice, whatever the number of batches. Any other
+    model is passed batch by batch. The results are the same.
+
     The model is left as it was, also after an error: modes, ``requires_grad`` flags, hooks, gradients. It runs in
-    evaluation mode with frozen parameters, so backward keeps gradients of activations only. Wrap ``batches`` in
-    ``tqdm`` to see progress.
+    evaluation mode with frozen parameters, so backward keeps gradients of activations only.
 
     Args:
         model: a causal language model of any floating dtype.
         batches: ``input_ids`` ``[batch, seq]``; optional ``attention_mask`` (0 excludes a position) and ``labels``
-            (-100 excludes a prediction, other values do not matter); other entries go to the model.
+            (-100 excludes a prediction, other values do not matter); other entries go to the model. Their token ids
+            are held in memory.
         module_names: dotted names of ``nn.Linear`` or transformers' ``Conv1D`` modules.
-        seed: of the sampled tokens.
-        fingerprint: kept with the statistics; names the model, data and settings.
+        options: seed, directory and limits.
 
     Returns:
-        Statistics of the modules in the order given, on the CPU.
+        Statistics of the modules in the order given, on the CPU; mapped from the directory's files where there is one.
 
     Raises:
         CalibrationError: no data, nothing to predict, an unknown, non-linear or never reached module, or
             activations or gradients that are not finite.
     """
-    recorder = _Recorder(_find_linear_modules(model, module_names))
-    generator = torch.Generator(model.get_input_embeddings().weight.device).manual_seed(seed)
-    num_predictions = 0
-    with ExitStack() as stack:
-        stack.enter_context(flags_kept(model))
-        model.eval().requires_grad_(False)
-        stack.enter_context(recorder.attached())
-        stack.enter_context(_gradients_from(model.get_input_embeddings()))
-        stack.enter_context(torch.enable_grad())
-        for batch in batches:
-            num_predictions += _forward_backward(model, batch, recorder, generator)
-    if num_predictions == 0:
+    options = options or CalibrationOptions()
+    modules = _find_linear_modules(model, module_names)
+    given = list(batches)
+    prepared = [CalibrationBatch.prepare(batch, _input_device(model)) for batch in given]
+    prepared = [batch for batch in prepared if batch.num_predictions]
+    if not prepared:
         raise CalibrationError("The calibration data holds no token to predict; give non-empty texts with labels.")
-    return CalibrationStatistics(recorder.statistics(num_predictions), fingerprint=fingerprint)
+    fingerprint = calibration_fingerprint(model, given, module_names, options)
+    directory = None if options.directory is None else options.directory / f"statistics-{fingerprint}"
+    store = StatisticsStore(directory, fingerprint)
+    statistics = store.load(modules)
+    if statistics is None:
+        _Calibration(model, prepared, modules, options, store, directory).run()
+        statistics = store.load(modules)
+    if statistics is None:
+        raise CalibrationError(f"The statistics in {directory} are damaged; delete that folder and calibrate again.")
+    return statistics
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on a device; a padding-free one holds integers too, which stay as they are."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+def calibration_fingerprint(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], module_names: Iterable[str], options: CalibrationOptions
+) -> str:
+    """Hash of all that statistics depend on: weights, dtype, data, modules, settings; 32 hexadecimal digits."""
+    others = ((name, parameter) for name, parameter in model.named_parameters() if parameter.device.type != "meta")
+    digest = hashlib.sha256(fingerprint_weights(joined(linear_weights(model, module_names), others)).encode())
+    for batch in batches:
+        for key, value in sorted(batch.items()):
+            content = repr(value.tolist() if isinstance(value, Tensor) else value)
+            digest.update(f"{key}:{content}".encode())
+    settings = [FORMAT_VERSION, str(model.dtype), list(module_names), options.seed, options.max_gram_features]
+    digest.update(json.dumps(settings).encode())
+    return digest.hexdigest()[:32]
 
 
 @contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
     """Every module's mode and every parameter's ``requires_grad`` come back, also after an error."""
     training = [(module, module.training) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # by place and not by object: an offloaded module gets a new parameter at every pass
+    trainable = [
+        (module, name, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
     try:
         yield
     finally:
         for module, was_training in training:
             module.training = was_training
-        for parameter, required_grad in trainable:
-            parameter.requires_grad_(required_grad)
+        for module, name, required_grad in trainable:
+            getattr(module, name).requires_grad_(required_grad)
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -104,13 +153,14 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def linear_weights(model: nn.Module, module_names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights ``[out_features, in_features]`` of linear modules, as :func:`build_error_table` takes them.
+    """Names and weights ``[out_features, in_features]`` of linear modules; one on disk is read when its turn comes.
 
     Raises:
         CalibrationError: an unknown or non-linear module.
     """
     for name, module in _find_linear_modules(model, list(module_names)).items():
-        yield name, linear_weight(module)
+        with align_module_device(module):
+            yield name, linear_weight(module)
 
 
 def _find_linear_modules(model: nn.Module, module_names: Sequence[str]) -> dict[str, nn.Module]:
@@ -127,27 +177,46 @@ def _find_linear_modules(model: nn.Module, module_names: Sequence[str]) -> dict[
     return found
 
 
-def _forward_backward(
-    model: PreTrainedModel, batch: Mapping[str, Any], recorder: _Recorder, generator: torch.Generator
-) -> int:
-    """Back-propagate the summed token losses of one batch; the hooks do the measuring.
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where batches go; an offloaded embedding lies on the meta device and runs elsewhere."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
 
-    Returns:
-        Number of predicted tokens.
-    """
-    inputs = to_device(batch, model.get_input_embeddings().weight.device)
-    labels = inputs.pop("labels", inputs["input_ids"])
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    # A prediction counts when both its position and its target are real tokens (left padding has neither).
-    targets = labels[:, 1:].masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED_LABEL)
-    num_predictions = int((targets != IGNORED_LABEL).sum())
-    if num_predictions == 0:
-        return 0
-    recorder.start_batch(mask)
-    logits = model(**inputs, use_cache=False).logits[:, :-1][targets != IGNORED_LABEL].float()  # [predictions, vocab]
-    sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
-    functional.cross_entropy(logits, sampled, reduction="sum").backward()
-    return num_predictions
+
+@dataclass(frozen=True, eq=False)
+class _Calibration:
+    """One calibration, checked and ready to run."""
+
+    model: PreTrainedModel
+    batches: list[CalibrationBatch]
+    modules: Mapping[str, nn.Module]
+    options: CalibrationOptions
+    store: StatisticsStore
+    directory: Path | None
+
+    def run(self) -> None:
+        """Block by block where the model allows it."""
+        with flags_kept(self.model), torch.enable_grad():
+            self.model.eval().requires_grad_(False)
+            chain = BlockChain.find(self.model, list(self.modules), self.batches[0].inputs)
+            if chain is None:
+                self._batch_by_batch()
+                return
+            activations = None if self.directory is None else self.directory / "activations"
+            recorder = partial(StatisticsRecorder, max_gram_features=self.options.max_gram_features)
+            blocks = BlockCalibration(chain, self.batches, self.modules, recorder, self.store, activations)
+            blocks.run(seed=self.options.seed, show_progress=self.options.show_progress)
+
+    def _batch_by_batch(self) -> None:
+        """Whole passes over the model; all statistics are held at once."""
+        recorder = StatisticsRecorder(self.modules, self.options.max_gram_features)
+        generator = torch.Generator(self.batches[0].device).manual_seed(self.options.seed)
+        with recorder.attached(), _gradients_from(self.model.get_input_embeddings()):
+            for batch in tqdm(self.batches, "calibrating", disable=not self.options.show_progress):
+                recorder.start_batch(batch.mask)
+                batch.back_propagate(self.model(**batch.inputs, use_cache=False).logits, generator)
+        self.store.add(0, recorder.statistics(sum(batch.num_predictions for batch in self.batches)))
 
 
 @contextmanager
@@ -158,120 +227,3 @@ def _gradients_from(embeddings: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@dataclass
-class _Sums:
-    """Running sums of one module.
-
-    Attributes:
-        gram_owner: module that sums the Gram of the input this one reads; its own name unless it is shared.
-        gram: sum of ``x x^T``, ``[in, in]``, float32 on the module's device; None in modules that are not owners.
-        squared_gradients: sum of ``g_i^2``, ``[out]``, float64 on the CPU.
-        num_tokens: positions seen.
-    """
-
-    gram_owner: str | None = None
-    gram: Tensor | None = None
-    squared_gradients: Tensor | None = None
-    num_tokens: int = 0
-
-
-class _Recorder:
-    """Forward hooks that sum Grams of inputs, and tensor hooks that sum squares of output gradients."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
-        self._sums = {name: _Sums() for name in modules}
-        self._keep: Tensor | None = None
-        self._inputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks on all modules, removed at the end."""
-        with ExitStack() as stack:
-            for name, module in self._modules.items():
-                stack.callback(module.register_forward_hook(self._forward_hook(name)).remove)
-            yield
-
-    def start_batch(self, mask: Tensor) -> None:
-        """Positions to count from now on, ``[batch, seq]``, bool."""
-        self._keep = None if bool(mask.all()) else mask.flatten()
-        self._inputs.clear()
-
-    def statistics(self, num_predictions: int) -> dict[str, ModuleStatistics]:
-        """Sums turned into means."""
-        grams: dict[str, Tensor] = {}
-        result = {}
-        for name, sums in self._sums.items():
-            if sums.gram_owner is None or sums.squared_gradients is None:
-                what = "data" if sums.gram_owner is None else "gradients"
-                raise CalibrationError(f"The calibration {what} never reached {name!r}; leave it out of the targets.")
-            owner = self._sums[sums.gram_owner]
-            if sums.gram_owner not in grams and owner.gram is not None:
-                grams[sums.gram_owner] = owner.gram.div_(owner.num_tokens).cpu()
-            result[name] = ModuleStatistics(
-                input_gram=grams[sums.gram_owner],
-                output_gradient_second_moment=(sums.squared_gradients / num_predictions).float(),
-                num_tokens=sums.num_tokens,
-            )
-        return result
-
-    def _forward_hook(self, name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            # Inputs that are not finite give outputs that are not; a sum is the cheapest test, and catches both.
-            _check_finite(name, output.detach().sum(dtype=torch.float32), "outputs")
-            self._add_input(name, args[0])
-            if output.requires_grad:
-                output.register_hook(lambda gradient: self._add_gradient(name, gradient))
-
-        return hook
-
-    def _add_input(self, name: str, tensor: Tensor) -> None:
-        sums, owner = self._sums[name], self._owner(name, tensor)
-        if sums.gram_owner not in (None, owner):
-            raise CalibrationError(
-                f"{name!r} shares its input with {owner!r} in some batches only; calibrate it alone."
-            )
-        sums.gram_owner = owner
-        x = self._positions(name, tensor.detach())
-        sums.num_tokens += len(x)
-        if owner != name:
-            return
-        if sums.gram is None:
-            sums.gram = x.new_zeros(x.shape[1], x.shape[1])
-        sums.gram.addmm_(x.T, x)
-
-    def _owner(self, name: str, tensor: Tensor) -> str:
-        """First module that read this tensor object in this batch."""
-        reference, owner = self._inputs.get(id(tensor), (None, name))
-        if reference is not None and reference() is tensor:
-            return owner
-        self._inputs[id(tensor)] = (weakref.ref(tensor), name)
-        return name
-
-    def _add_gradient(self, name: str, gradient: Tensor) -> None:
-        total = self._positions(name, gradient).square().sum(0).to("cpu", torch.float64)
-        _check_finite(name, total, "gradients")
-        previous = self._sums[name].squared_gradients
-        self._sums[name].squared_gradients = total if previous is None else previous + total
-
-    def _positions(self, name: str, tensor: Tensor) -> Tensor:
-        """Values at the positions that count, ``[num_positions, features]``, float32."""
-        values = tensor.flatten(0, -2)
-        if self._keep is not None:
-            if len(values) != len(self._keep):
-                raise CalibrationError(
-                    f"{name!r} sees {len(values)} positions of a batch of {len(self._keep)}, so padding cannot be "
-                    "told apart; calibrate with sequences of one length, without padding."
-                )
-            values = values[self._keep.to(values.device)]
-        return values.float()
-
-
-def _check_finite(name: str, values: Tensor, what: str) -> None:
-    if not torch.isfinite(values).all():
-        raise CalibrationError(
-            f"The {what} of {name!r} hold NaN or infinity during calibration; check its weights, or load the model in "
-            "bfloat16 or float32."
-        )

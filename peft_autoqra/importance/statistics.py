@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,8 +34,8 @@ class ModuleStatistics:
     ``1/2 sum_i output_gradient_second_moment[i] * (dW input_gram dW^T)[i, i]``.
 
     Attributes:
-        input_gram: ``E[x x^T]``, mean over positions, ``[in_features, in_features]``, float32. One tensor object
-            for all modules that read the same input.
+        input_gram: ``E[x x^T]``, mean over positions, ``[in_features, in_features]``, float32; of very wide inputs
+            the diagonal only, ``[in_features]``. One tensor object for all modules that read the same input.
         output_gradient_second_moment: sum over positions of ``g_i^2``, divided by the number of predicted tokens,
             ``[out_features]``, float32; the mean over positions where every position predicts a token.
         num_tokens: positions the module was measured at.
@@ -49,7 +48,7 @@ class ModuleStatistics:
     @property
     def input_second_moment(self) -> Tensor:
         """``E[x_j^2]``, ``[in_features]``, float32: the weights of the quantizer's fit."""
-        return self.input_gram.diagonal().clone()
+        return self.input_gram.diagonal().clone() if self.input_gram.dim() == 2 else self.input_gram
 
 
 class CalibrationStatistics(Mapping[str, ModuleStatistics]):
@@ -57,18 +56,16 @@ class CalibrationStatistics(Mapping[str, ModuleStatistics]):
 
     Args:
         modules: module name (as in ``named_modules()``) to its statistics.
-        fingerprint: names the model, data and settings they were measured with; checked by :meth:`load`.
+        fingerprint: names the model, data and settings they were measured with.
 
     Raises:
-        CalibrationError: no modules, or statistics that are not finite or have the wrong shape.
+        CalibrationError: no modules.
     """
 
     def __init__(self, modules: Mapping[str, ModuleStatistics], *, fingerprint: str = "") -> None:
-        """Check and freeze."""
+        """Freeze."""
         if not modules:
             raise CalibrationError("Calibration statistics need at least one module; check target_modules.")
-        for name, statistics in modules.items():
-            _check(name, statistics)
         self._modules = dict(modules)
         self.fingerprint = fingerprint
 
@@ -87,69 +84,84 @@ class CalibrationStatistics(Mapping[str, ModuleStatistics]):
         """Number of modules."""
         return len(self._modules)
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; a Gram that modules share is written once."""
-        owners: dict[int, str] = {}
-        tensors, header = {}, {}
-        for name, statistics in self._modules.items():
-            owner = owners.setdefault(id(statistics.input_gram), name)
-            tensors[f"{_GRAM}:{owner}"] = statistics.input_gram.contiguous()
-            tensors[f"{_GRADIENT}:{name}"] = statistics.output_gradient_second_moment.contiguous()
-            header[name] = {"gram_owner": owner, "num_tokens": statistics.num_tokens}
-        content = {"version": FORMAT_VERSION, "fingerprint": self.fingerprint, "modules": header}
-        save_file(tensors, path, metadata={_HEADER: json.dumps(content)})
 
-    @classmethod
-    def load(cls, path: str | Path, *, fingerprint: str | None = None) -> CalibrationStatistics:
-        """Read what :meth:`save` wrote.
+class StatisticsStore:
+    """Takes statistics part by part, in memory or in files.
 
-        Args:
-            path: the file.
-            fingerprint: refuse a file with another fingerprint; None takes any.
+    Args:
+        directory: one safetensors file a part; None keeps the parts in memory.
+        fingerprint: names the model, data and settings; files of another one count as missing.
+    """
 
-        Raises:
-            CalibrationError: the file is damaged, of another format or fingerprint.
-        """
+    def __init__(self, directory: Path | None, fingerprint: str) -> None:
+        """Nothing is read yet."""
+        self._directory, self._fingerprint = directory, fingerprint
+        self._modules: dict[str, ModuleStatistics] = {}
+
+    def add(self, part: int, modules: Mapping[str, ModuleStatistics]) -> None:
+        """Keep some modules' statistics; what is on disk is there as a whole or not at all."""
+        for name, statistics in modules.items():
+            _check(name, statistics)
+        if self._directory is None:
+            self._modules.update(modules)
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"part-{part:05d}.safetensors"
+        partial = path.with_suffix(".partial")
+        _save(modules, partial, self._fingerprint)
+        partial.replace(path)
+
+    def load(self, module_names: Iterable[str]) -> CalibrationStatistics | None:
+        """The statistics of these modules, those on disk mapped and not read; None where some are missing."""
+        modules = dict(self._modules)
+        if self._directory is not None:
+            for path in sorted(self._directory.glob("part-*.safetensors")):
+                modules.update(_load(path, self._fingerprint))
         try:
-            with safe_open(path, framework="pt") as file:
-                content = _read_header(file.metadata(), path)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CalibrationError(f"{path} is damaged ({error}); delete it and calibrate again.") from error
-        if fingerprint is not None and content["fingerprint"] != fingerprint:
-            raise CalibrationError(
-                f"{path} was measured with {content['fingerprint']!r}, not {fingerprint!r}; calibrate again."
-            )
-        try:
-            modules = {
-                name: ModuleStatistics(
-                    input_gram=tensors[f"{_GRAM}:{entry['gram_owner']}"],
-                    output_gradient_second_moment=tensors[f"{_GRADIENT}:{name}"],
-                    num_tokens=entry["num_tokens"],
-                )
-                for name, entry in content["modules"].items()
-            }
-        except KeyError as error:
-            raise CalibrationError(f"{path} lacks {error}; delete it and calibrate again.") from error
-        return cls(modules, fingerprint=content["fingerprint"])
+            return CalibrationStatistics({name: modules[name] for name in module_names}, fingerprint=self._fingerprint)
+        except KeyError:
+            return None
 
 
-def _read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[str, Any]:
+def _save(modules: Mapping[str, ModuleStatistics], path: Path, fingerprint: str) -> None:
+    """Write one file; a Gram that modules share is written once."""
+    owners: dict[int, str] = {}
+    tensors, header = {}, {}
+    for name, statistics in modules.items():
+        owner = owners.setdefault(id(statistics.input_gram), name)
+        tensors[f"{_GRAM}:{owner}"] = statistics.input_gram.contiguous()
+        tensors[f"{_GRADIENT}:{name}"] = statistics.output_gradient_second_moment.contiguous()
+        header[name] = {"gram_owner": owner, "num_tokens": statistics.num_tokens}
+    content = {"version": FORMAT_VERSION, "fingerprint": fingerprint, "modules": header}
+    save_file(tensors, path, metadata={_HEADER: json.dumps(content)})
+
+
+def _load(path: Path, fingerprint: str) -> dict[str, ModuleStatistics]:
+    """Read what :func:`_save` wrote; nothing where the file is damaged or of something else."""
     try:
-        content: dict[str, Any] = json.loads((metadata or {})[_HEADER])
-    except (KeyError, ValueError) as error:
-        raise CalibrationError(f"{path} holds no calibration statistics; calibrate again.") from error
-    if content.get("version") != FORMAT_VERSION:
-        raise CalibrationError(f"{path} has format {content.get('version')!r}, not {FORMAT_VERSION}; calibrate again.")
-    return content
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})[_HEADER])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if (content["version"], content["fingerprint"]) != (FORMAT_VERSION, fingerprint):
+            return {}
+        return {
+            name: ModuleStatistics(
+                input_gram=tensors[f"{_GRAM}:{entry['gram_owner']}"],
+                output_gradient_second_moment=tensors[f"{_GRADIENT}:{name}"],
+                num_tokens=entry["num_tokens"],
+            )
+            for name, entry in content["modules"].items()
+        }
+    except (SafetensorError, KeyError, ValueError):
+        return {}
 
 
 def _check(name: str, statistics: ModuleStatistics) -> None:
     gram, gradient = statistics.input_gram, statistics.output_gradient_second_moment
-    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gradient.dim() != 1:
+    if gram.dim() not in (1, 2) or gram.shape[0] != gram.shape[-1] or gradient.dim() != 1:
         raise CalibrationError(
             f"Statistics of {name!r} have shapes {tuple(gram.shape)} and {tuple(gradient.shape)}; "
-            "[in, in] and [out] are needed."
+            "[in, in] (or [in]) and [out] are needed."
         )
     if statistics.num_tokens < 1:
         raise CalibrationError(f"Statistics of {name!r} rest on no tokens; calibrate with more data.")

@@ -4,7 +4,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_autoqra.errors import CalibrationError
-from peft_autoqra.importance.calibration import calibrate, linear_weight, linear_weights
+from peft_autoqra.importance.calibration import CalibrationOptions, calibrate, linear_weight, linear_weights
 
 LAYER = "model.layers.1"
 ATTENTION = [f"{LAYER}.self_attn.{name}_proj" for name in "qkvo"]
@@ -53,7 +53,7 @@ def test_modules_with_one_input_share_one_gram(model):
 
 def test_gradients_are_those_of_sampled_tokens_per_prediction(model):
     ids = tokens(2, 9)
-    statistics = calibrate(model, [{"input_ids": ids}], NAMES, seed=3)
+    statistics = calibrate(model, [{"input_ids": ids}], NAMES, CalibrationOptions(seed=3))
 
     name, kept = MLP[2], []
     model.get_submodule(name).register_forward_hook(lambda _module, _args, output: kept.append(output))
@@ -123,7 +123,7 @@ def test_other_entries_of_a_batch_go_to_the_model_as_they_are(model):
 
 
 def test_same_seed_same_statistics(model):
-    first, second = (calibrate(model, [{"input_ids": tokens(2, 9)}], NAMES, seed=1) for _ in range(2))
+    first, second = (calibrate(model, [{"input_ids": tokens(2, 9)}], NAMES, CalibrationOptions(seed=1)) for _ in range(2))
     for name in NAMES:
         assert torch.equal(first[name].output_gradient_second_moment, second[name].output_gradient_second_moment)
 

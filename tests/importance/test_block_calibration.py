@@ -1,0 +1,186 @@
+"""Calibration block by block gives what whole passes give, goes on where it was stopped, and reads models from disk."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from peft_autoqra.errors import CalibrationError
+from peft_autoqra.importance import block_calibration
+from peft_autoqra.importance.block_calibration import BlockCalibration
+from peft_autoqra.importance.block_chain import BlockChain
+from peft_autoqra.importance.calibration import CalibrationOptions, calibrate
+from peft_autoqra.importance.statistics import CalibrationStatistics
+from peft_autoqra.target_modules import linear_targets
+
+
+def batches(num: int = 3) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 60, (2, 6 + index), generator=generator) for index in range(num)]
+    masks = [torch.ones_like(x) for x in ids]
+    masks[0][0, -2:] = 0
+    return [{"input_ids": x, "attention_mask": mask} for x, mask in zip(ids, masks, strict=True)]
+
+
+def assert_same(found: CalibrationStatistics, wanted: CalibrationStatistics) -> None:
+    assert list(found) == list(wanted)
+    for name in wanted:
+        assert torch.equal(found[name].input_gram, wanted[name].input_gram), name
+        assert torch.equal(
+            found[name].output_gradient_second_moment, wanted[name].output_gradient_second_moment
+        ), name
+        assert found[name].num_tokens == wanted[name].num_tokens
+
+
+def batch_by_batch(model, data, names, **options) -> CalibrationStatistics:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockChain, "find", classmethod(lambda *_: None))
+        return calibrate(model, data, names, CalibrationOptions(**options))
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return tiny_llama(num_hidden_layers=3)
+
+
+@pytest.fixture
+def names(model):
+    return list(linear_targets(model))
+
+
+def opt():
+    return OPTForCausalLM(
+        OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
+                  max_position_embeddings=32, word_embed_proj_dim=16)
+    )  # fmt: skip
+
+
+def gpt2():
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_whole_passes_to_the_last_bit(model, names, dtype):
+    model.to(dtype)
+    assert BlockChain.find(model, names, batches()[0]) is not None
+    assert_same(calibrate(model, batches(), names), batch_by_batch(model, batches(), names))
+
+
+@pytest.mark.parametrize("make", [opt, gpt2])
+def test_equals_whole_passes_on_other_architectures(make):
+    model = make().eval()
+    names = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    names.remove("lm_head")
+    chain = BlockChain.find(model, names, batches()[0])
+    assert chain is not None
+    assert len(chain.blocks) == 2
+    assert_same(calibrate(model, batches(), names), batch_by_batch(model, batches(), names))
+
+
+def test_modules_of_some_blocks_only(model, names):
+    chosen = [name for name in names if ".layers.1." in name]
+    assert_same(calibrate(model, batches(), chosen), batch_by_batch(model, batches(), chosen))
+
+
+def test_a_module_outside_the_blocks_needs_whole_passes(model, names):
+    assert BlockChain.find(model, [*names, "lm_head"], batches()[0]) is None
+    assert "lm_head" in calibrate(model, batches(), [*names, "lm_head"])
+
+
+def test_blocks_that_share_more_than_hidden_states_need_whole_passes(model, names):
+    first, last = model.model.layers[0], model.model.layers[2]
+    first.register_forward_hook(lambda _module, _args, output: output * 1)
+    assert BlockChain.find(model, names, batches()[0]) is not None
+    last.register_forward_pre_hook(lambda _module, args: (args[0] + 1, *args[1:]))
+    assert BlockChain.find(model, names, batches()[0]) is None
+    assert_same(calibrate(model, batches(), names), batch_by_batch(model, batches(), names))
+
+
+def test_a_directory_changes_nothing_and_is_read_the_next_time(model, names, tmp_path, monkeypatch):
+    options = CalibrationOptions(directory=tmp_path)
+    first = calibrate(model, batches(), names, options)
+    assert_same(first, calibrate(model, batches(), names))
+    assert not list(tmp_path.glob("*/activations"))
+    monkeypatch.setattr(BlockCalibration, "run", lambda *_args, **_kwargs: pytest.fail("measured again"))
+    assert_same(calibrate(model, batches(), names, options), first)
+    grams = [id(calibrate(model, batches(), names, options)[f"model.layers.0.self_attn.{x}_proj"].input_gram)
+             for x in "q"]  # fmt: skip
+    assert len(grams) == 1
+
+
+@pytest.mark.parametrize("change", ["weight", "data", "seed", "modules"])
+def test_another_calibration_is_not_taken_for_this_one(model, names, tmp_path, change):
+    first = calibrate(model, batches(), names, CalibrationOptions(directory=tmp_path))
+    data, seed = batches(), 0
+    if change == "weight":
+        with torch.no_grad():
+            model.model.layers[2].mlp.down_proj.weight.mul_(2)
+    elif change == "data":
+        data = batches(2)
+    elif change == "seed":
+        seed = 1
+    else:
+        names = names[:-1]
+    second = calibrate(model, data, names, CalibrationOptions(directory=tmp_path, seed=seed))
+    assert second.fingerprint != first.fingerprint
+    assert_same(second, calibrate(model, data, names, CalibrationOptions(seed=seed)))
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_goes_on_where_it_was_stopped(model, names, tmp_path, monkeypatch, after):
+    """Stopped before each of the writes; nothing that is done already is done again."""
+    wanted, options = calibrate(model, batches(), names), CalibrationOptions(directory=tmp_path)
+    original, writes = block_calibration.ActivationStore.put, []
+
+    def put(self, name, tensors):
+        if len(writes) == after:
+            raise KeyboardInterrupt
+        writes.append(name)
+        original(self, name, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_calibration.ActivationStore, "put", put)
+        try:
+            calibrate(model, batches(), names, options)
+        except KeyboardInterrupt:
+            pass
+        else:
+            pytest.fail("it was not stopped")
+    first_writes, after = list(writes), -1
+    writes.clear()
+    monkeypatch.setattr(block_calibration.ActivationStore, "put", put)
+    assert_same(calibrate(model, batches(), names, options), wanted)
+    assert [*first_writes, *writes] == [*(f"hidden.{i}" for i in range(4)), *(f"gradient.{3 - i}" for i in range(4))][
+        : len(first_writes) + len(writes)
+    ]
+
+
+def test_a_model_on_disk_is_read_block_by_block(model, names, tmp_path):
+    model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
+                    "lm_head": "cpu"},
+        offload_folder=tmp_path / "offload",
+    )  # fmt: skip
+    assert {parameter.device.type for parameter in offloaded.model.layers.parameters()} == {"meta"}
+    assert BlockChain.find(offloaded, names, batches()[0]) is not None
+    assert_same(calibrate(offloaded, batches(), names), calibrate(model, batches(), names))
+    assert {parameter.device.type for parameter in offloaded.model.layers.parameters()} == {"meta"}
+
+
+def test_wide_inputs_get_the_diagonal(model, names):
+    whole = calibrate(model, batches(), names)
+    wide = calibrate(model, batches(), names, CalibrationOptions(max_gram_features=64))
+    for name in names:
+        if name.endswith("down_proj"):
+            assert torch.allclose(wide[name].input_gram, whole[name].input_gram.diagonal(), rtol=1e-5)
+            assert torch.equal(wide[name].input_second_moment, wide[name].input_gram)
+        else:
+            assert torch.equal(wide[name].input_gram, whole[name].input_gram)
+
+
+def test_a_block_that_is_not_finite_without_a_targeted_module_is_named(model, names):
+    model.model.layers[1].post_attention_layernorm.weight.data.fill_(torch.inf)
+    with pytest.raises(CalibrationError, match=r"outputs of 'model.layers.1' hold NaN"):
+        calibrate(model, batches(), [name for name in names if ".layers.0." in name])
