@@ -64,12 +64,17 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+BACKENDS = ("native", "gptq", "bitsandbytes")
+"""Ways to quantize; each is a class in ``quant/backends.py``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizerSettings:
     """How the weights of a plan are quantized.
 
     Attributes:
-        backend: ``"native"`` for the group-wise 2, 3, 4 and 8-bit format, ``"bitsandbytes"`` for NF4 with double
+        backend: ``"native"`` for the group-wise 2, 3, 4 and 8-bit format; ``"gptq"`` for the same with its codes
+            found by error feedback, which only a calibrated plan can hold; ``"bitsandbytes"`` for NF4 with double
             quantization (4 bits only).
         group_size: weights that share a scale; halved per module until it divides the module's input size.
 
@@ -77,13 +82,13 @@ class QuantizerSettings:
         InvalidPlanError: unknown backend or a group size that is not a power of two of at least 8.
     """
 
-    backend: Literal["native", "bitsandbytes"] = "native"
+    backend: Literal["native", "gptq", "bitsandbytes"] = "native"
     group_size: int = 64
 
     def __post_init__(self) -> None:
         """Check both values."""
-        if self.backend not in ("native", "bitsandbytes"):
-            raise InvalidPlanError(f"quantizer backend {self.backend!r} is unknown; use 'native' or 'bitsandbytes'.")
+        if self.backend not in BACKENDS:
+            raise InvalidPlanError(f"quantizer backend {self.backend!r} is unknown; use one of {BACKENDS}.")
         if not _is_integer(self.group_size) or self.group_size < 8 or self.group_size & (self.group_size - 1):
             raise InvalidPlanError(f"group_size={self.group_size!r} must be a power of two of at least 8, such as 64.")
         object.__setattr__(self, "group_size", int(self.group_size))

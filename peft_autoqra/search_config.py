@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from peft_autoqra.errors import InvalidPlanError, SearchStateError
 
@@ -20,6 +21,7 @@ class SearchArguments:
         granularity: which modules share a decision: ``"module"``, ``"fused"``, ``"block"`` or ``"layer"``.
         target_modules: names or suffixes of the modules to plan; None means all linear layers but the head.
         group_size: weights that share a quantization scale.
+        quant_backend: ``"native"``, or ``"gptq"``: loses less, but plan and adapter carry the quantized weights.
         num_calibration_sequences: training sequences that importance is measured on.
         num_eval_sequences: held-out sequences that a trial is scored on.
         population_size: of the evolution.
@@ -31,6 +33,8 @@ class SearchArguments:
         num_finalists: searched plans that get a final run beside the baselines.
         lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank)``.
         cache_dir: where calibration is kept for later searches on the same model and data; None means in output_dir.
+        materialize: keep the dense weights of every bit-width in memory, which makes trials start faster and changes
+            nothing else; None where they fit into half of the free memory.
         resume: continue what output_dir holds; False refuses to.
 
     Raises:
@@ -48,6 +52,9 @@ class SearchArguments:
         default=None, metadata={"help": "Modules to plan; all linear by default."}
     )
     group_size: int = field(default=64, metadata={"help": "Weights that share a quantization scale."})
+    quant_backend: Literal["native", "gptq"] = field(
+        default="native", metadata={"help": "native, or gptq: loses less, but plans and adapters are larger."}
+    )
     num_calibration_sequences: int = field(default=64, metadata={"help": "Training sequences for calibration."})
     num_eval_sequences: int = field(default=64, metadata={"help": "Held-out sequences that a trial is scored on."})
     population_size: int = field(default=12, metadata={"help": "Population of the evolution."})
@@ -59,6 +66,9 @@ class SearchArguments:
     num_finalists: int = field(default=2, metadata={"help": "Searched plans that get a final run."})
     lora_alpha: int = field(default=8, metadata={"help": "Adapters are scaled by lora_alpha / sqrt(rank)."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where calibration is kept for later searches."})
+    materialize: bool | None = field(
+        default=None, metadata={"help": "Keep dense weights of every bit-width in memory; by default where they fit."}
+    )
     resume: bool = field(default=True, metadata={"help": "Continue what the output directory holds."})
 
     def __post_init__(self) -> None:
@@ -76,6 +86,11 @@ class SearchArguments:
             raise InvalidPlanError(f"final_steps={self.final_steps} must be at least short_steps={self.short_steps}.")
         if not any(rank > 0 for rank in self.rank_choices):
             raise InvalidPlanError(f"rank_choices={self.rank_choices} hold no rank above 0; nothing could be trained.")
+        if self.quant_backend not in ("native", "gptq"):
+            raise InvalidPlanError(
+                f"quant_backend={self.quant_backend!r} takes no calibration, which a search needs; use 'native' or "
+                "'gptq'."
+            )
         if self.scope not in (None, "training", "stored"):
             raise InvalidPlanError(f"scope={self.scope!r} must be 'training' or 'stored'.")
 

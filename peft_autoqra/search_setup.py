@@ -21,8 +21,9 @@ from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.granularity import Granularity, build_search_space
-from peft_autoqra.importance.calibration_bank import CalibrationBank, bank_settings, build_calibration_bank
-from peft_autoqra.importance.error_table import ErrorTableSettings
+from peft_autoqra.importance.calibration import CalibrationOptions, calibration_fingerprint
+from peft_autoqra.importance.calibration_bank import BankSettings, CalibrationBank, build_calibration_bank
+from peft_autoqra.importance.module_fit import FitSettings
 from peft_autoqra.memory import MemoryBudget, MemoryModel, resolve_budget
 from peft_autoqra.memory_estimate import MemoryScope
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
@@ -37,6 +38,9 @@ NO_RECIPE = (
     "num_train_epochs", "seed", "data_seed", "dataset_num_proc", "local_rank", "debug",
 )  # fmt: skip
 """Beginnings of the names of settings that do not change what a trial gives."""
+
+_NO_SETTINGS = ("output_dir", "cache_dir", "resume", "materialize")
+"""Likewise, of the search's own."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class SearchSetup:
         self.space: SearchSpace = build_search_space(
             self.memory_model.modules, cast("Granularity", config.granularity), config.bit_choices, config.rank_choices
         )
-        self.quantizer = QuantizerSettings(group_size=config.group_size)
+        self.quantizer = QuantizerSettings(backend=config.quant_backend, group_size=config.group_size)
         self.budget: MemoryBudget = resolve_budget(
             config.memory_budget, self.memory_model, cast("MemoryScope | None", config.scope)
         )
@@ -86,13 +90,11 @@ class SearchSetup:
             inputs.model, inputs.args, inputs.train_dataset, inputs.eval_dataset, inputs.processing_class
         )
         self.calibration_batches = self.data.batches(self.data.train, config.num_calibration_sequences)
-        self.bank_settings: ErrorTableSettings = bank_settings(
-            inputs.model,
-            self.calibration_batches,
-            list(self.linears),
-            self.quantizer,
-            self.space.bit_choices,
-            self.space.rank_choices[-1],
+        self.bank_settings = BankSettings(
+            module_names=tuple(self.linears),
+            bit_choices=self.space.bit_choices,
+            quantizer=self.quantizer,
+            fit=FitSettings(max_rank=self.space.rank_choices[-1]),
         )
         self.base_model = BaseModelInfo(
             name_or_path=inputs.model.config.name_or_path or None,
@@ -119,25 +121,14 @@ class SearchSetup:
         )
 
     def calibration_bank(self, cache_dir: Path, *, show_progress: bool) -> CalibrationBank:
-        """The model's calibration: from the cache where it fits, else measured and kept there."""
-        directory = cache_dir / self.bank_settings.fingerprint
-        bank = CalibrationBank.load(directory, self.bank_settings)
-        if bank is None:
-            bank = build_calibration_bank(
-                self.model,
-                self.calibration_batches,
-                list(self.linears),
-                self.quantizer,
-                self.bank_settings,
-                show_progress=show_progress,
-            )
-            directory.mkdir(parents=True, exist_ok=True)
-            bank.save(directory)
-        return bank
+        """The model's calibration: what the cache lacks of it is measured and kept there."""
+        return build_calibration_bank(
+            self.model, self.calibration_batches, self.bank_settings, directory=cache_dir, show_progress=show_progress
+        )
 
     def evaluator(self, bank: CalibrationBank) -> SFTEvaluator:
         """Evaluates plans on the model, whose weights it overwrites."""
-        self.resident = ResidentModel(self.model, self.linears, bank)
+        self.resident = ResidentModel(self.model, self.linears, bank, materialize=self.config.materialize)
         return SFTEvaluator(self.resident, self.data, bank, self.args, self.config.lora_alpha)
 
     def searched_plan(self, candidate: Candidate) -> BitRankPlan:
@@ -157,14 +148,18 @@ class SearchSetup:
 
     def identity(self) -> dict[str, Any]:
         """What makes two searches the same; a log of another one is refused."""
-        settings = {k: v for k, v in asdict(self.config).items() if k not in ("output_dir", "cache_dir", "resume")}
+        settings = {key: value for key, value in asdict(self.config).items() if key not in _NO_SETTINGS}
         recipe = {key: str(v) for key, v in self.args.to_dict().items() if not key.startswith(NO_RECIPE)}
         return {
             **settings,
             **recipe,
             "budget_bytes": self.budget.limit_bytes,
             "model": self.base_model.fingerprint,
-            "calibration": self.bank_settings.fingerprint,
+            "calibration": self.bank_settings.fingerprint(
+                calibration_fingerprint(
+                    self.model, self.calibration_batches, self.bank_settings.module_names, CalibrationOptions()
+                )
+            ),
             "train_dataset": _digest(self.data.train),
             "eval_dataset": _digest(self.data.held_out),
         }

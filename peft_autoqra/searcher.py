@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from peft_autoqra.evaluation.held_out import held_out_loss
-from peft_autoqra.importance.calibration import calibrate
+from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.search_config import AutoQRASearchConfig
@@ -201,7 +201,7 @@ def _step_seconds(setup: SearchSetup) -> float:
     args = setup.args
     num_sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
     batches = setup.data.batches(setup.data.train, num_sequences)
-    return _seconds_of(lambda: calibrate(setup.model, batches, list(setup.linears)[:1]))
+    return _seconds_of(lambda: [forward_backward(setup.model, batch) for batch in batches])
 
 
 def _seconds_of(action: Callable[[], object]) -> float:

@@ -4,35 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import psutil
 import torch
 from torch import Tensor, nn
 
+from peft_autoqra.importance.bank_store import BankEntry
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.quant.backends import make_backend
-from peft_autoqra.quant.linear import QuantLinear
-from peft_autoqra.quant.nf4 import NF4Linear
+
+_FREE_MEMORY_SHARE = 0.5  # the rest is for training the candidates
 
 
 class ResidentModel:
-    """A dense model whose targeted weights are overwritten with a plan's dequantized ones.
+    """A dense model whose targeted weights are those that a plan's quantized layers decode.
 
-    The weights are what the plan's quantized layers would decode, so training and scoring on it give what the
-    quantized model gives, at the speed of dense layers. Every (module, bits, quantizer) is quantized once.
+    So training and scoring on it give what the quantized model gives, at the speed of dense layers.
 
     Args:
-        model: unquantized; its targeted weights are overwritten until :meth:`restore`.
+        model: unquantized; its targeted weights are replaced until :meth:`restore`.
         linears: the targeted layers.
-        bank: calibration of these layers.
+        bank: calibration of these layers, with their quantized weights.
+        materialize: keep the decoded weights of every (module, bits) that was used, so that switching a plan moves
+            pointers only. False decodes each time. None materializes where all bit-widths of the bank fit into half
+            of the free memory.
     """
 
-    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Linear], bank: CalibrationBank) -> None:
-        """Keep a copy of the weights."""
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        bank: CalibrationBank,
+        *,
+        materialize: bool | None = None,
+    ) -> None:
+        """Keep the weights, and room for one plan's."""
         self.model = model
         self._bank = bank
         self._linears = dict(linears)
-        self._originals = {name: layer.weight.detach().clone() for name, layer in linears.items()}
-        self._quantized: dict[tuple[str, int, QuantizerSettings], QuantLinear | NF4Linear] = {}
+        self._originals = {name: layer.weight.detach() for name, layer in linears.items()}
+        num_copies = len(bank.settings.bit_choices)
+        self.materializes = _fits(self._originals, num_copies) if materialize is None else materialize
+        self._buffers: dict[str, Tensor] = {}
+        self._decoded: dict[tuple[str, int, QuantizerSettings], Tensor] = {}
+        self._factors: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._loaded: dict[str, object] = {}
 
     def load(self, plan: BitRankPlan, *, with_corrections: bool) -> None:
@@ -44,39 +59,68 @@ class ResidentModel:
                 the model computes before the first training step.
         """
         add = with_corrections and plan.initialization == "compensate"
-        for name, layer in plan.items():
-            key = (layer.bits, layer.rank if add else 0, plan.quantizer)
-            if self._loaded.get(name) == key:
-                continue
-            with torch.no_grad():
-                self._linears[name].weight.copy_(self._weight(name, layer, plan.quantizer, add))
-            self._loaded[name] = key
+        with torch.no_grad():
+            for name, layer in plan.items():
+                rank = layer.rank if add and layer.bits != DENSE_BITS else 0
+                key = (layer.bits, rank, plan.quantizer)
+                if self._loaded.get(name) != key:
+                    self._linears[name].weight.data = self._weight(name, LayerPlan(layer.bits, rank), plan.quantizer)
+                    self._loaded[name] = key
 
     def restore(self) -> None:
         """Put the original weights back."""
-        with torch.no_grad():
-            for name, weight in self._originals.items():
-                self._linears[name].weight.copy_(weight)
+        for name, weight in self._originals.items():
+            self._linears[name].weight.data = weight
         self._loaded.clear()
 
-    def _weight(self, name: str, layer: LayerPlan, quantizer: QuantizerSettings, add_correction: bool) -> Tensor:
+    def _weight(self, name: str, layer: LayerPlan, quantizer: QuantizerSettings) -> Tensor:
+        """Dense weight of a layer with its correction; ``rank`` 0 leaves that out."""
         if layer.bits == DENSE_BITS:
             return self._originals[name]
-        dense: Tensor = self._quantized_layer(name, layer.bits, quantizer).dequantize(torch.float32)
-        if add_correction and layer.rank:
-            correction = self._bank.calibrations[layer.bits].corrections[name]
-            left = torch.from_numpy(correction.left[:, : layer.rank]).to(dense.device, torch.float32)
-            right = torch.from_numpy(correction.right[: layer.rank]).to(dense.device, torch.float32)
-            dense = torch.addmm(dense, left, right)
-        return dense
+        dense = self._dense(name, layer.bits, quantizer)
+        if not layer.rank:
+            return dense
+        left, right = self._correction(name, layer.bits)
+        return torch.addmm(dense, left[:, : layer.rank], right[: layer.rank], out=self._buffer(name))
 
-    def _quantized_layer(self, name: str, bits: int, quantizer: QuantizerSettings) -> QuantLinear | NF4Linear:
+    def _dense(self, name: str, bits: int, quantizer: QuantizerSettings) -> Tensor:
+        """What the quantized layer decodes, in the dtype of the original."""
         key = (name, bits, quantizer)
-        if key not in self._quantized:
-            original = self._originals[name]
+        if key in self._decoded:
+            return self._decoded[key]
+        original = self._originals[name]
+        if quantizer == self._bank.settings.quantizer:
+            dense = self._entry(name, bits).weight.to(original.device).dequantize(original.dtype)
+        else:
             linear = nn.Linear(original.shape[1], original.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(original, requires_grad=False)
-            calibration = self._bank.calibrations.get(bits)
-            moment = torch.from_numpy(calibration.input_second_moments[name]) if calibration else None
-            self._quantized[key] = make_backend(quantizer).quantize(linear, bits, moment, name)
-        return self._quantized[key]
+            dense = make_backend(quantizer).quantize(linear, bits, None, name).dequantize(original.dtype)
+        if not self.materializes:
+            return self._buffer(name).copy_(dense)
+        self._decoded[key] = dense
+        return dense
+
+    def _correction(self, name: str, bits: int) -> tuple[Tensor, Tensor]:
+        """Factors of the initial adapter at the largest rank, in dtype and on the device of the weight."""
+        if (name, bits) not in self._factors:
+            original, correction = self._originals[name], self._entry(name, bits).correction
+            left, right = (torch.from_numpy(side).to(original) for side in (correction.left, correction.right))
+            self._factors[name, bits] = (left, right)
+        return self._factors[name, bits]
+
+    def _entry(self, name: str, bits: int) -> BankEntry:
+        return self._bank.entries[name, bits]
+
+    def _buffer(self, name: str) -> Tensor:
+        """The one place for a weight of this module that is not kept."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty_like(self._originals[name])
+        return self._buffers[name]
+
+
+def _fits(weights: Mapping[str, Tensor], num_copies: int) -> bool:
+    """Whether copies of all weights fit into the free memory of their device, with room to spare."""
+    needed = num_copies * sum(weight.numel() * weight.element_size() for weight in weights.values())
+    device = next(iter(weights.values())).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return needed < _FREE_MEMORY_SHARE * free

@@ -3,52 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.importance.calibration import calibrate, linear_weights
-from peft_autoqra.importance.calibration_bank import affine_quantizer, to_float16
-from peft_autoqra.importance.error_table import ErrorTableSettings, build_error_table
+from peft_autoqra.importance.bank_store import BankEntry
+from peft_autoqra.importance.calibration import CalibrationOptions, calibrate, linear_weights
+from peft_autoqra.importance.calibration_bank import as_correction
+from peft_autoqra.importance.module_fit import FitSettings, calibrated_modules
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan
-from peft_autoqra.plan_calibration import Correction, PlanCalibration
+from peft_autoqra.plan_calibration import PlanCalibration
+from peft_autoqra.quant.backends import calibrated_backend
 
 
-def calibrate_plan(plan: BitRankPlan, model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> BitRankPlan:
+def calibrate_plan(
+    plan: BitRankPlan,
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    alternations: int = 0,
+    cache_dir: str | Path | None = None,
+) -> BitRankPlan:
     """The plan with calibration: quantization weighted by activations, adapters started at the correction.
 
+    With the ``"gptq"`` backend, and with ``alternations``, the plan also carries the quantized weights, since nothing
+    less gives them again: its files, and those of adapters made with it, grow by the size of the quantized model.
+
     Args:
-        plan: with the native quantizer.
+        plan: with a quantizer that takes a calibration.
         model: the unquantized model the plan is for; left as it was.
         batches: ``input_ids`` ``[batch, seq]`` and, where there are any, ``attention_mask`` and ``labels``; a few
             thousand tokens of the task's training data will do.
+        alternations: how often weight and correction are fitted to each other again, at most; see
+            :class:`FitSettings`.
+        cache_dir: where calibration statistics are kept, and found again; None keeps none.
 
     Raises:
         InvalidPlanError: the plan's backend takes no calibration.
         CalibrationError: no data, a module that the data never reaches, values that are not finite.
     """
-    if plan.quantizer.backend != "native":
-        raise InvalidPlanError(f"The {plan.quantizer.backend} backend takes no calibration; use the native one.")
+    backend = calibrated_backend(plan.quantizer)
     names = [name for name, layer in plan.items() if layer.bits != DENSE_BITS]
     if not names:
         return plan.replace(initialization="compensate", calibration=PlanCalibration())
-    statistics = calibrate(model, batches, names)
-    corrections: dict[str, Correction] = {}
-
-    def keep(name: str, bits: int, left: Tensor, right: Tensor) -> None:
-        del bits
-        rank = plan[name].rank
-        if rank:
-            corrections[name] = Correction(left=to_float16(left[:, :rank]), right=to_float16(right[:rank]))
-
-    quantize = affine_quantizer(plan.quantizer)
-    for bits in sorted({plan[name].bits for name in names}):
-        group = [name for name in names if plan[name].bits == bits]
-        settings = ErrorTableSettings(bit_choices=(bits,), max_rank=max(plan[name].rank for name in group))
-        with torch.no_grad():
-            build_error_table(linear_weights(model, group), statistics, quantize, settings, on_correction=keep)
-    moments = {name: statistics[name].input_second_moment.numpy() for name in names}
-    calibration = PlanCalibration(input_second_moments=moments, corrections=corrections)
+    options = CalibrationOptions(directory=None if cache_dir is None else Path(cache_dir))
+    statistics = calibrate(model, batches, names, options)
+    settings = FitSettings(max_rank=0, alternations=alternations)
+    moments, corrections, codes = {}, {}, {}
+    with torch.no_grad():
+        for module in calibrated_modules(linear_weights(model, names), statistics, settings):
+            name, layer = module.name, plan[module.name]
+            fit = module.fit(backend.fit, layer.bits, replace(settings, max_rank=layer.rank))
+            moment = module.statistics.input_second_moment.cpu().numpy()
+            entry = BankEntry(fit.weight.to("cpu"), as_correction(fit), fit.rises.numpy(), moment)
+            if backend.keeps_codes or (alternations and layer.rank):
+                codes[name] = entry.codes
+            else:
+                moments[name] = moment
+            if layer.rank:
+                corrections[name] = entry.correction
+    calibration = PlanCalibration(input_second_moments=moments, corrections=corrections, codes=codes)
     return plan.replace(initialization="compensate", calibration=calibration)

@@ -1,35 +1,69 @@
-"""All that one calibration of a model gives: error table, fit weights and initial adapters, for every bit-width."""
+"""All that one calibration of a model gives: error table, quantized weights and initial adapters, at every bit-width."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from peft_autoqra.errors import CalibrationError, InvalidPlanError
-from peft_autoqra.fingerprint import fingerprint_weights
-from peft_autoqra.importance.calibration import calibrate, linear_weights
-from peft_autoqra.importance.error_table import ErrorTable, ErrorTableSettings, Quantize, build_error_table
+from peft_autoqra.importance.bank_store import BankEntry, BankStore
+from peft_autoqra.importance.calibration import (
+    CalibrationOptions,
+    calibrate,
+    calibration_fingerprint,
+    linear_weights,
+)
+from peft_autoqra.importance.error_table import ErrorTable
+from peft_autoqra.importance.module_fit import CalibratedModule, FitSettings, ModuleFit, calibrated_modules
 from peft_autoqra.plan import DENSE_BITS, LayerPlan, QuantizerSettings
-from peft_autoqra.plan_calibration import CALIBRATION_FILE, Correction, PlanCalibration
-from peft_autoqra.quant.affine import quantize_affine
-from peft_autoqra.quant.quantized_weight import fit_group_size
+from peft_autoqra.plan_calibration import Correction, PlanCalibration
+from peft_autoqra.quant.backends import calibrated_backend
 
-FORMAT_VERSION = 1
-"""Raised when the same data would give other statistics, corrections or codes, so that old caches are not used."""
+FORMAT_VERSION = 2
+"""Raised when the same data would give other corrections or codes, so that old caches are not used."""
 
-_TABLE_FILE = "error_table.safetensors"
+
+@dataclass(frozen=True, kw_only=True)
+class BankSettings:
+    """What a bank is made of.
+
+    Attributes:
+        module_names: the modules to be planned.
+        bit_choices: bit-widths of the plans; 16 may be among them and costs nothing.
+        quantizer: of the plans; a backend that takes a calibration.
+        fit: largest rank, and the metric.
+
+    Raises:
+        CalibrationError: no bit-widths.
+    """
+
+    module_names: tuple[str, ...]
+    bit_choices: tuple[int, ...]
+    quantizer: QuantizerSettings
+    fit: FitSettings
+
+    def __post_init__(self) -> None:
+        """Check; drop the bit-width that needs no measuring."""
+        if not self.bit_choices:
+            raise CalibrationError("A calibration needs bit-widths to measure; give bit_choices.")
+        object.__setattr__(self, "bit_choices", tuple(sorted({*self.bit_choices} - {DENSE_BITS})))
+
+    def fingerprint(self, statistics_fingerprint: str) -> str:
+        """Hash of all that an entry depends on; a bit-width may be added to a bank that is there."""
+        content = [FORMAT_VERSION, statistics_fingerprint, asdict(self.quantizer), asdict(self.fit)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +71,25 @@ class CalibrationBank:
     """Calibration results of a model for all bit-widths of a search.
 
     Attributes:
-        error_table: estimated loss rise of every (module, bits, rank).
-        calibrations: bits to the fit weights and the corrections of the largest rank, whose first r components are
-            the best correction of rank r.
+        settings: modules, bit-widths and quantizer.
+        fingerprint: names model, data and settings.
+        entries: (module name, bits) to what was found; on disk and mapped where the bank has a directory.
     """
 
-    error_table: ErrorTable
-    calibrations: Mapping[int, PlanCalibration]
+    settings: BankSettings
+    fingerprint: str
+    entries: Mapping[tuple[str, int], BankEntry]
+
+    @cached_property
+    def error_table(self) -> ErrorTable:
+        """Estimated loss rise of every (module, bits, rank)."""
+        names, bit_choices = self.settings.module_names, self.settings.bit_choices
+        shape = (len(names), len(bit_choices), self.settings.fit.max_rank + 1)
+        rises = np.zeros(shape)
+        for i, name in enumerate(names):
+            for j, bits in enumerate(bit_choices):
+                rises[i, j] = self.entries[name, bits].rises
+        return ErrorTable(names, bit_choices, rises, self.fingerprint)
 
     def for_layers(self, layers: Mapping[str, LayerPlan]) -> PlanCalibration:
         """What a plan with these layers has to carry: corrections cut to its ranks.
@@ -51,45 +97,23 @@ class CalibrationBank:
         Raises:
             InvalidPlanError: a module, bit-width or rank that was not calibrated.
         """
-        moments, corrections = {}, {}
+        moments, corrections, codes = {}, {}, {}
+        keeps_codes = calibrated_backend(self.settings.quantizer).keeps_codes
         for name, layer in layers.items():
             if layer.bits == DENSE_BITS:
                 continue
-            calibration = self.calibrations.get(layer.bits)
-            if calibration is None or name not in calibration.input_second_moments:
+            entry = self.entries.get((name, layer.bits))
+            if entry is None:
                 raise InvalidPlanError(
                     f"{name!r} was not calibrated at {layer.bits} bits; calibrate it with the others."
                 )
-            moments[name] = calibration.input_second_moments[name]
+            if keeps_codes:
+                codes[name] = entry.codes
+            else:
+                moments[name] = entry.input_second_moment
             if layer.rank:
-                corrections[name] = cut_correction(calibration.corrections[name], layer.rank, name)
-        return PlanCalibration(input_second_moments=moments, corrections=corrections)
-
-    def save(self, directory: Path) -> None:
-        """Write the table and one folder a bit-width; the whole bank appears at once or not at all."""
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent) as partial:
-            for bits, calibration in self.calibrations.items():
-                folder = Path(partial) / "bank" / f"{bits}bit"
-                folder.mkdir(parents=True)
-                calibration.save(folder)
-            (Path(partial) / "bank").mkdir(exist_ok=True)
-            self.error_table.save(Path(partial) / "bank" / _TABLE_FILE)
-            shutil.rmtree(directory, ignore_errors=True)
-            (Path(partial) / "bank").replace(directory)
-
-    @classmethod
-    def load(cls, directory: Path, settings: ErrorTableSettings) -> CalibrationBank | None:
-        """Read a bank made with these settings; None where there is none, a damaged one or one of other settings."""
-        try:
-            table = ErrorTable.load(directory / _TABLE_FILE, settings)
-            calibrations = {
-                bits: PlanCalibration.load(directory / f"{bits}bit" / CALIBRATION_FILE)
-                for bits in settings.bit_choices
-            }
-        except (CalibrationError, InvalidPlanError, OSError):
-            return None
-        return cls(table, calibrations)
+                corrections[name] = cut_correction(entry.correction, layer.rank, name)
+        return PlanCalibration(input_second_moments=moments, corrections=corrections, codes=codes)
 
 
 def cut_correction(correction: Correction, rank: int, name: str) -> Correction:
@@ -103,32 +127,12 @@ def cut_correction(correction: Correction, rank: int, name: str) -> Correction:
     return Correction(left=correction.left[:, :rank], right=correction.right[:rank])
 
 
-def bank_settings(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    module_names: list[str],
-    quantizer: QuantizerSettings,
-    bit_choices: Iterable[int],
-    max_rank: int,
-) -> ErrorTableSettings:
-    """Settings whose fingerprint names all that a bank depends on."""
-    bit_choices = tuple(sorted(set(bit_choices)))
-    digest = hashlib.sha256(fingerprint_weights(linear_weights(model, module_names)).encode())
-    for batch in batches:
-        for key, value in sorted(batch.items()):
-            content = repr(value.tolist() if isinstance(value, Tensor) else value)
-            digest.update(f"{key}:{content}".encode())
-    digest.update(json.dumps([FORMAT_VERSION, asdict(quantizer), str(model.dtype), bit_choices, max_rank]).encode())
-    return ErrorTableSettings(bit_choices=bit_choices, max_rank=max_rank, fingerprint=digest.hexdigest()[:32])
-
-
 def build_calibration_bank(
     model: PreTrainedModel,
-    batches: list[Mapping[str, Tensor]],
-    module_names: list[str],
-    quantizer: QuantizerSettings,
-    settings: ErrorTableSettings,
+    batches: Iterable[Mapping[str, Any]],
+    settings: BankSettings,
     *,
+    directory: Path | None = None,
     show_progress: bool = False,
 ) -> CalibrationBank:
     """Calibrate, quantize every module at every bit-width, and decompose the errors.
@@ -136,45 +140,44 @@ def build_calibration_bank(
     Args:
         model: unquantized causal language model.
         batches: tokenized calibration batches, see :func:`calibrate`.
-        module_names: the modules to be planned.
-        quantizer: of the plans to come; the native backend.
-        settings: from :func:`bank_settings`.
+        settings: what to make.
+        directory: where statistics and entries are kept. What is there already is not made again, so a build that was
+            stopped goes on, and other bit-widths or quantizers need no second calibration. None keeps all in memory.
         show_progress: show progress bars.
 
     Raises:
+        InvalidPlanError: the quantizer takes no calibration.
         CalibrationError: empty data, a module that the data never reaches, values that are not finite.
     """
-    statistics = calibrate(
-        model, tqdm(batches, "calibrating", disable=not show_progress), module_names, fingerprint=settings.fingerprint
-    )
-    moments = {name: statistics[name].input_second_moment.numpy() for name in module_names}
-    corrections: dict[int, dict[str, Correction]] = {bits: {} for bits in settings.bit_choices}
-
-    def keep(name: str, bits: int, left: Tensor, right: Tensor) -> None:
-        corrections[bits][name] = Correction(left=to_float16(left), right=to_float16(right))
-
-    weights = tqdm(
-        linear_weights(model, module_names), "scoring bits and ranks", len(module_names), disable=not show_progress
-    )
-    with torch.no_grad():
-        table = build_error_table(weights, statistics, affine_quantizer(quantizer), settings, on_correction=keep)
-    calibrations = {
-        bits: PlanCalibration(input_second_moments=moments, corrections=corrections[bits])
-        for bits in settings.bit_choices
-    }
-    return CalibrationBank(table, calibrations)
+    batches = list(batches)
+    options = CalibrationOptions(directory=directory, show_progress=show_progress)
+    names = settings.module_names
+    fingerprint = settings.fingerprint(calibration_fingerprint(model, batches, names, options))
+    store = BankStore(None if directory is None else directory / f"bank-{fingerprint}")
+    missing = {name: [bits for bits in settings.bit_choices if store.get(name, bits) is None] for name in names}
+    missing = {name: bits for name, bits in missing.items() if bits}
+    if missing:
+        statistics = calibrate(model, batches, names, options)
+        modules = calibrated_modules(linear_weights(model, missing), statistics, settings.fit)
+        for module in tqdm(modules, "scoring bits and ranks", len(missing), disable=not show_progress):
+            _fit_module(module, missing[module.name], settings, store)
+    entries = {(name, bits): store.get(name, bits) for name in names for bits in settings.bit_choices}
+    return CalibrationBank(settings, fingerprint, {key: entry for key, entry in entries.items() if entry is not None})
 
 
-def affine_quantizer(settings: QuantizerSettings) -> Quantize:
-    """The native quantizer as an error table takes it."""
+@torch.no_grad()
+def _fit_module(module: CalibratedModule, bit_choices: list[int], settings: BankSettings, store: BankStore) -> None:
+    quantize = calibrated_backend(settings.quantizer).fit
+    moment = module.statistics.input_second_moment.cpu().numpy()
+    for bits in bit_choices:
+        fit = module.fit(quantize, bits, settings.fit)
+        store.put(module.name, bits, BankEntry(fit.weight.to("cpu"), as_correction(fit), fit.rises.numpy(), moment))
 
-    def quantize(weight: Tensor, bits: int, moment: Tensor) -> Tensor:
-        group_size = fit_group_size(settings.group_size, weight.shape[1], "weight")
-        return quantize_affine(weight, bits=bits, group_size=group_size, input_second_moment=moment).dequantize()
 
-    return quantize
+def as_correction(fit: ModuleFit) -> Correction:
+    """The correction of a fit, as a plan stores it."""
+    return Correction(left=_to_float16(fit.left), right=_to_float16(fit.right))
 
 
-def to_float16(tensor: Tensor) -> npt.NDArray[np.float16]:
-    """As a plan stores it."""
+def _to_float16(tensor: Tensor) -> npt.NDArray[np.float16]:
     return tensor.cpu().numpy().astype(np.float16)

@@ -14,6 +14,11 @@ from peft_autoqra.errors import CalibrationError
 RIGHT_ROW_NORM = math.sqrt(1 / 3)
 """Expected row norm of PEFT's ``lora_A`` after ``kaiming_uniform_(a=sqrt(5))``, whatever ``in_features`` is."""
 
+EXACT_SIDE = 1536
+"""Weights whose smaller side is longer are decomposed by a randomized method, if few components are wanted."""
+
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 4
 _NEGLIGIBLE = 1e-7  # share of the largest squared singular value below which float32 holds only noise
 
 
@@ -23,7 +28,7 @@ class InputMetric:
     Make one for all modules that read the same input, and use it for all their bit-widths.
 
     Args:
-        input_gram: ``E[x x^T]``, ``[in_features, in_features]``, float32.
+        input_gram: ``E[x x^T]``, ``[in_features, in_features]``, float32, or its diagonal, ``[in_features]``.
         damping: keeps directions that the data never showed from being free; a fraction of the mean diagonal.
 
     Raises:
@@ -32,8 +37,28 @@ class InputMetric:
 
     def __init__(self, input_gram: Tensor, damping: float) -> None:
         """Add the damping."""
-        self.moment = input_gram.clone()  # [K, K]
-        self.moment.diagonal().add_(damping * input_gram.diagonal().mean())
+        self.moment = input_gram.clone()  # [K, K] or [K]
+        diagonal = self.moment.diagonal() if self.is_full else self.moment
+        diagonal.add_(damping * diagonal.mean())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether H is more than its diagonal."""
+        return self.moment.dim() == 2
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """``rows H``, ``[n, in_features]``."""
+        return rows @ self.moment if self.is_full else rows * self.moment
+
+    def whiten(self, rows: Tensor) -> Tensor:
+        """``rows C`` with ``C C^T = H``, ``[n, in_features]``."""
+        return rows @ self.cholesky_factor if self.is_full else rows * self.moment.sqrt()
+
+    def unwhiten(self, rows: Tensor) -> Tensor:
+        """``rows C^-1``, ``[n, in_features]``."""
+        if self.is_full:
+            return torch.linalg.solve_triangular(self.cholesky_factor, rows, upper=False, left=False)
+        return rows / self.moment.sqrt()
 
     @cached_property
     def cholesky_factor(self) -> Tensor:
@@ -69,8 +94,10 @@ class WhitenedError:
     values of E and maps them back (Eckart & Young 1936; with D = 1 it is CALDERA's and QERA's correction).
 
     Attributes:
-        squared_singular_values: descending, ``[m]`` with ``m = min(out_features, in_features)``, float64.
-        vectors: singular vectors of E's smaller side as columns, ``[m, m]``.
+        squared_singular_values: descending, ``[k]``, float64; all ``m = min(out_features, in_features)``, or the
+            largest ones.
+        vectors: singular vectors of E's smaller side as columns, ``[m, k]``.
+        rest: sum of the squared singular values that are not listed.
         scaled_error: ``D (W - Q)``, ``[out_features, in_features]``.
         scale: D, ``[out_features]``.
         metric: H.
@@ -78,6 +105,7 @@ class WhitenedError:
 
     squared_singular_values: Tensor
     vectors: Tensor
+    rest: float
     scaled_error: Tensor
     scale: Tensor
     metric: InputMetric
@@ -90,7 +118,7 @@ class WhitenedError:
         num_values = len(self.squared_singular_values)
         result = self.squared_singular_values.new_zeros(max(max_rank, num_values) + 1)
         result[:num_values] = self.squared_singular_values.flip(0).cumsum(0).flip(0)
-        return result[: max_rank + 1]
+        return result[: max_rank + 1] + self.rest
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """The best correction of one rank, balanced as the start of a LoRA adapter.
@@ -118,12 +146,11 @@ class WhitenedError:
         vectors = self.vectors[:, :count]
         if _is_wide(self.scaled_error):  # E = U S V^T: left = D^-1 U, right = U^T D (W - Q) = S V^T H^-1/2
             return vectors / self.scale[:, None], vectors.T @ self.scaled_error
-        factor = self.metric.cholesky_factor  # left = D^-1 E V = D^-1 U S, right = V^T H^-1/2
-        right = torch.linalg.solve_triangular(factor, vectors.T, upper=False, left=False)
-        return self.scaled_error @ (factor @ vectors) / self.scale[:, None], right
+        # left = D^-1 E V = D^-1 U S, right = V^T H^-1/2
+        return self.metric.whiten(self.scaled_error) @ vectors / self.scale[:, None], self.metric.unwhiten(vectors.T)
 
 
-def whiten_error(error: Tensor, metric: InputMetric, scale: Tensor) -> WhitenedError:
+def whiten_error(error: Tensor, metric: InputMetric, scale: Tensor, max_rank: int | None = None) -> WhitenedError:
     """Decompose a quantization error by the eigenvectors of the smaller Gram of ``E = D (W - Q) C``, ``C C^T = H``.
 
     Where the weight is not taller than wide, that is ``E E^T = D (W - Q) H (W - Q)^T D``, which needs no factor of H.
@@ -132,15 +159,33 @@ def whiten_error(error: Tensor, metric: InputMetric, scale: Tensor) -> WhitenedE
         error: ``W - Q``, ``[out_features, in_features]``.
         metric: H, of the module's inputs.
         scale: D, ``[out_features]``, from :func:`output_scale`.
+        max_rank: components that will be asked for; None keeps all. Where that is few of many, they are found by
+            subspace iteration from a random start (Halko, Martinsson & Tropp 2011, algorithm 5.1; a fixed seed),
+            which leaves slightly more error than the best ones do and says so in its residuals.
     """
     scaled = error.float() * scale[:, None]
     if _is_wide(scaled):
-        gram = scaled @ metric.moment @ scaled.T
+        gram = metric.apply(scaled) @ scaled.T
     else:
-        whitened = scaled @ metric.cholesky_factor
+        whitened = metric.whiten(scaled)
         gram = whitened.T @ whitened
+    if max_rank is not None and len(gram) > max(EXACT_SIDE, 4 * (max_rank + _OVERSAMPLING)):
+        values, vectors = _largest(gram, max_rank)
+        rest = max(float(gram.diagonal().double().sum() - values.sum()), 0.0)
+        return WhitenedError(values, vectors, rest, scaled, scale, metric)
     values, vectors = torch.linalg.eigh(gram)
-    return WhitenedError(values.flip(0).double().clamp_min(0), vectors.flip(1), scaled, scale, metric)
+    return WhitenedError(values.flip(0).double().clamp_min(0), vectors.flip(1), 0.0, scaled, scale, metric)
+
+
+def _largest(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Approximately the largest eigenvalues, ``[count]``, float64, and their eigenvectors, ``[m, count]``."""
+    devices = [gram.device] if gram.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        vectors, _, _ = torch.svd_lowrank(gram, q=count + _OVERSAMPLING, niter=_POWER_ITERATIONS)
+    # Rayleigh-Ritz: what the subspace holds of the true Gram, never more than the best one does
+    values, rotation = torch.linalg.eigh(vectors.T @ gram @ vectors)
+    return values.flip(0)[:count].double().clamp_min(0), (vectors @ rotation).flip(1)[:, :count]
 
 
 def _is_wide(error: Tensor) -> bool:

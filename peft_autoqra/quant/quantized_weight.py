@@ -89,6 +89,11 @@ class QuantizedWeight:
         """The dense weight, ``[out_features, in_features]``."""
         return dequantize(self.format, self.codes, self.scale_codes, self.scale_base, dtype)
 
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on another device; itself where it is there already."""
+        tensors = (self.codes, self.scale_codes, self.scale_base)
+        return QuantizedWeight(self.format, *(tensor.to(device) for tensor in tensors))
+
 
 def decode_scale_codes(scale_codes: Tensor, scale_base: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and offsets of the groups of a 2-4 bit weight, each float32 ``[G]``."""

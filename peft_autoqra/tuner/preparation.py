@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.plan import DENSE_BITS, BaseModelInfo, BitRankPlan, LayerPlan
+from peft_autoqra.plan_calibration import ModuleCalibration
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backend
 from peft_autoqra.target_modules import check_untied
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, exact_pattern
@@ -177,7 +178,7 @@ def _check_target(target: _Target, config: AutoQRAConfig) -> None:
     """Everything that could go wrong with one layer."""
     name, layer, wanted = target.name, target.layer, target.wanted
     if isinstance(layer, QUANTIZED_LAYERS):
-        if not make_backend(config.quantizer).could_have_made(layer, wanted.bits, _moment(target, config), name):
+        if not make_backend(config.quantizer).could_have_made(layer, wanted.bits, _calibration(target, config), name):
             raise InvalidPlanError(
                 f"{name!r} is quantized to {layer_bits(layer)} bits already, and not as the new adapter wants: "
                 f"{wanted.bits} bits, {config.quantizer}, {'with' if config.calibration_digest else 'without'} "
@@ -192,9 +193,8 @@ def _check_target(target: _Target, config: AutoQRAConfig) -> None:
             "base model without another quantization."
         )
     elif wanted.bits != DENSE_BITS:
-        make_backend(config.quantizer).num_bytes(*target.shape, wanted.bits, name)
+        make_backend(config.quantizer).check(*target.shape, wanted.bits, _calibration(target, config), name)
         _check_values(target)
-        _check_moment(target, config)
     _check_shape_and_rank(target, config)
     _check_correction(target, config)
 
@@ -207,22 +207,8 @@ def _check_values(target: _Target) -> None:
         raise InvalidPlanError(f"The weight of {target.name!r} holds NaN or infinite values; it cannot be quantized.")
 
 
-def _moment(target: _Target, config: AutoQRAConfig) -> Tensor | None:
-    moment = config.calibration.input_second_moments.get(target.name) if config.calibration else None
-    return None if moment is None else torch.from_numpy(moment)
-
-
-def _check_moment(target: _Target, config: AutoQRAConfig) -> None:
-    moment = _moment(target, config)
-    if moment is not None and moment.shape != target.shape[1:]:
-        raise PlanMismatchError(
-            f"The calibration of {target.name!r} is for an input of shape {tuple(moment.shape)}, the model has "
-            f"{target.shape[1:]}; use the base model that was calibrated."
-        )
-    if moment is not None and not (torch.isfinite(moment).all() and (moment >= 0).all()):
-        raise InvalidPlanError(
-            f"The calibration of {target.name!r} holds input moments that are negative or not finite; calibrate again."
-        )
+def _calibration(target: _Target, config: AutoQRAConfig) -> ModuleCalibration | None:
+    return config.calibration.module(target.name) if config.calibration else None
 
 
 def _check_shape_and_rank(target: _Target, config: AutoQRAConfig) -> None:
@@ -291,7 +277,7 @@ def _swap_all(model: nn.Module, targets: list[_Target], config: AutoQRAConfig) -
     backend = make_backend(config.quantizer)
     with _skip_init_on_device():
         for target, layer in _to_quantize(targets):
-            quantized = backend.quantize(layer, target.wanted.bits, _moment(target, config), target.name)
+            quantized = backend.quantize(layer, target.wanted.bits, _calibration(target, config), target.name)
             replace_layer(model, target.name, quantized.train(layer.training))
 
 

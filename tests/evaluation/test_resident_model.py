@@ -8,7 +8,8 @@ from peft import get_peft_model
 
 from peft_autoqra import AutoQRAConfig, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.evaluation.resident_model import ResidentModel
-from peft_autoqra.importance.calibration_bank import bank_settings, build_calibration_bank
+from peft_autoqra.importance.calibration_bank import BankSettings, build_calibration_bank
+from peft_autoqra.importance.module_fit import FitSettings
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS
 from peft_autoqra.target_modules import linear_targets
 from tests.tiny_data import token_dataset
@@ -23,8 +24,10 @@ def bank(tiny_llama):
     model = tiny_llama()
     batches = [{"input_ids": torch.tensor(token_dataset(seed=0, num_sequences=4)["input_ids"])}]
     names = list(linear_targets(model))
-    settings = bank_settings(model, batches, names, QUANTIZER, BITS[:-1], max_rank=4)
-    return build_calibration_bank(model, batches, names, QUANTIZER, settings)
+    settings = BankSettings(
+        module_names=tuple(names), bit_choices=BITS[:-1], quantizer=QUANTIZER, fit=FitSettings(max_rank=4)
+    )
+    return build_calibration_bank(model, batches, settings)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from peft_autoqra import BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
-from peft_autoqra.importance.calibration_bank import bank_settings, build_calibration_bank
+from peft_autoqra.importance.calibration_bank import build_calibration_bank
 from peft_autoqra.target_modules import linear_targets
 from peft_autoqra.trial import Fidelity, TrialStatus
 from tests.tiny_data import token_dataset, word_tokenizer
@@ -105,7 +105,7 @@ class TestModelIsLeftAsItWas:
             linears = linear_targets(model)
             batches = data.batches(data.train, 4)
             settings = bank_settings(model, batches, list(linears), QUANTIZER, [2, 4], max_rank=4)
-            bank = build_calibration_bank(model, batches, list(linears), QUANTIZER, settings)
+            bank = build_calibration_bank(model, batches, settings)
             resident = ResidentModel(model, linears, bank)
             plan = BitRankPlan(
                 {name: LayerPlan(2 + 2 * (i % 2), 4) for i, name in enumerate(linears)},

@@ -25,9 +25,7 @@ def assert_same(found: CalibrationStatistics, wanted: CalibrationStatistics) -> 
     assert list(found) == list(wanted)
     for name in wanted:
         assert torch.equal(found[name].input_gram, wanted[name].input_gram), name
-        assert torch.equal(
-            found[name].output_gradient_second_moment, wanted[name].output_gradient_second_moment
-        ), name
+        assert torch.equal(found[name].output_gradient_second_moment, wanted[name].output_gradient_second_moment), name
         assert found[name].num_tokens == wanted[name].num_tokens
 
 

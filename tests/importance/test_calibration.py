@@ -123,7 +123,9 @@ def test_other_entries_of_a_batch_go_to_the_model_as_they_are(model):
 
 
 def test_same_seed_same_statistics(model):
-    first, second = (calibrate(model, [{"input_ids": tokens(2, 9)}], NAMES, CalibrationOptions(seed=1)) for _ in range(2))
+    first, second = (
+        calibrate(model, [{"input_ids": tokens(2, 9)}], NAMES, CalibrationOptions(seed=1)) for _ in range(2)
+    )
     for name in NAMES:
         assert torch.equal(first[name].output_gradient_second_moment, second[name].output_gradient_second_moment)
 
