@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
-from peft_autoqra.quant.backends import make_backend
-from peft_autoqra.quant.linear import QuantLinear
-from peft_autoqra.quant.nf4 import NF4Linear
+from peft_autoqra.quant.backends import QuantizedLayer, make_backend
 
 
 class ResidentModel:
@@ -32,7 +30,7 @@ class ResidentModel:
         self._bank = bank
         self._linears = dict(linears)
         self._originals = {name: layer.weight.detach().clone() for name, layer in linears.items()}
-        self._quantized: dict[tuple[str, int, QuantizerSettings], QuantLinear | NF4Linear] = {}
+        self._quantized: dict[tuple[str, int, QuantizerSettings], QuantizedLayer] = {}
         self._loaded: dict[str, object] = {}
 
     def load(self, plan: BitRankPlan, *, with_corrections: bool) -> None:
@@ -70,7 +68,7 @@ class ResidentModel:
             dense = torch.addmm(dense, left, right)
         return dense
 
-    def _quantized_layer(self, name: str, bits: int, quantizer: QuantizerSettings) -> QuantLinear | NF4Linear:
+    def _quantized_layer(self, name: str, bits: int, quantizer: QuantizerSettings) -> QuantizedLayer:
         key = (name, bits, quantizer)
         if key not in self._quantized:
             original = self._originals[name]

@@ -11,20 +11,22 @@ from torch import Tensor, nn
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import DENSE_BITS, QuantizerSettings
 from peft_autoqra.quant.affine import quantize_affine
+from peft_autoqra.quant.int8 import SCALE_BYTES, Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4_BLOCK, NF4_CODEBOOK_BYTES, NF4_NESTED_BLOCK, NF4Linear
 from peft_autoqra.quant.packing import NATIVE_BITS
 from peft_autoqra.quant.quantized_weight import WeightFormat, fit_group_size
 
-QUANTIZED_LAYERS = (QuantLinear, NF4Linear)
+QuantizedLayer = QuantLinear | NF4Linear | Int8Linear
+"""What a backend makes; each has ``bits``, ``bias`` and ``dequantize``."""
+QUANTIZED_LAYERS = (QuantLinear, NF4Linear, Int8Linear)
+"""The same for ``isinstance``."""
 
 
 class QuantBackend(Protocol):
     """Quantizes linear layers and knows their bytes beforehand."""
 
-    def quantize(
-        self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str
-    ) -> QuantLinear | NF4Linear:
+    def quantize(self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str) -> QuantizedLayer:
         """The quantized layer; ``linear`` stays as it is."""
         ...
 
@@ -83,31 +85,41 @@ class NativeBackend:
 
 
 class BitsAndBytesBackend:
-    """bitsandbytes NF4 with double quantization; 4 bits only, calibration is not used."""
+    """bitsandbytes' formats: NF4 with double quantization for 4 bits, row-wise int8 for 8; calibration is not used."""
 
-    def quantize(self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str) -> NF4Linear:
+    def quantize(
+        self, linear: nn.Linear, bits: int, input_second_moment: Tensor | None, name: str
+    ) -> NF4Linear | Int8Linear:
         """The quantized layer."""
         del input_second_moment
         self.num_bytes(linear.out_features, linear.in_features, bits, name)
-        return NF4Linear(linear)
+        return NF4Linear(linear) if bits == NF4Linear.bits else Int8Linear(linear)
 
     def could_have_made(self, layer: nn.Module, bits: int, input_second_moment: Tensor | None, name: str) -> bool:
         """By type and bits."""
         del input_second_moment, name
-        return isinstance(layer, NF4Linear) and bits == NF4Linear.bits
+        return isinstance(layer, NF4Linear | Int8Linear) and layer.bits == bits
 
     def num_bytes(self, out_features: int, in_features: int, bits: int, name: str) -> tuple[int, int]:
-        """Bytes of (codes, metadata): per 64 weights one byte of scale, per 256 scales 4 bytes, codebooks."""
-        if bits != NF4Linear.bits:
-            raise InvalidPlanError(
-                f"bits={bits} of {name!r}: the bitsandbytes backend has NF4 (4 bits) only; use 4 or 16 bits, or the "
-                "native backend."
-            )
+        """Bytes of (codes, metadata).
+
+        NF4: per 64 weights one byte of scale, per 256 scales 4 bytes, codebooks. Int8: 4 bytes of scale per row.
+
+        Raises:
+            InvalidPlanError: neither 4 nor 8 bits.
+        """
         num_weights = out_features * in_features
-        num_blocks = -(-num_weights // NF4_BLOCK)
-        nested = 4 * -(-num_blocks // NF4_NESTED_BLOCK)
-        offset_bytes = 4
-        return -(-num_weights // 2), num_blocks + nested + offset_bytes + NF4_CODEBOOK_BYTES
+        if bits == NF4Linear.bits:
+            num_blocks = -(-num_weights // NF4_BLOCK)
+            nested = 4 * -(-num_blocks // NF4_NESTED_BLOCK)
+            offset_bytes = 4
+            return -(-num_weights // 2), num_blocks + nested + offset_bytes + NF4_CODEBOOK_BYTES
+        if bits == Int8Linear.bits:
+            return num_weights, SCALE_BYTES * out_features
+        raise InvalidPlanError(
+            f"bits={bits} of {name!r}: the bitsandbytes backend has 4 bits (NF4) and 8 bits (int8); use 4, 8 or 16 "
+            "bits, or the native backend."
+        )
 
 
 def _digest(moment: Tensor | None) -> str | None:
@@ -121,7 +133,7 @@ def make_backend(settings: QuantizerSettings) -> QuantBackend:
     return NativeBackend(settings.group_size)
 
 
-def dense_linear(layer: QuantLinear | NF4Linear) -> nn.Linear:
+def dense_linear(layer: QuantizedLayer) -> nn.Linear:
     """An ``nn.Linear`` with the dequantized weight of a quantized layer and a copy of its bias."""
     weight = layer.dequantize()
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)

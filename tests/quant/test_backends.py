@@ -7,6 +7,7 @@ from torch import nn
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import QuantizerSettings
 from peft_autoqra.quant.backends import BitsAndBytesBackend, NativeBackend, layer_bits, make_backend
+from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.quant.packing import NATIVE_BITS
@@ -36,9 +37,21 @@ def test_native_refuses_other_bits_by_name(bits: int) -> None:
         NativeBackend(64).num_bytes(64, 64, bits, "q_proj")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
-def test_bitsandbytes_has_4_bits_only(bits: int) -> None:
-    message = rf"bits={bits} of 'q_proj'.*4 bits"
+@pytest.mark.parametrize(("bits", "kind"), [(4, NF4Linear), (8, Int8Linear)])
+def test_bitsandbytes_has_4_and_8_bits(bits: int, kind: type[nn.Module]) -> None:
+    backend = BitsAndBytesBackend()
+    layer = backend.quantize(nn.Linear(64, 32), bits, None, "q_proj")
+    assert type(layer) is kind
+    assert layer_bits(layer) == layer.bits == bits
+    for other in (2, 4, 8, 16):
+        assert backend.could_have_made(layer, other, None, "q_proj") == (other == bits)
+        assert not NativeBackend(64).could_have_made(layer, other, None, "q_proj")
+    assert not backend.could_have_made(NativeBackend(64).quantize(nn.Linear(64, 32), bits, None, "l"), bits, None, "l")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 16])
+def test_bitsandbytes_refuses_other_bits_by_name(bits: int) -> None:
+    message = rf"bits={bits} of 'q_proj'.*4 bits \(NF4\) and 8 bits \(int8\)"
     with pytest.raises(InvalidPlanError, match=message):
         BitsAndBytesBackend().num_bytes(64, 64, bits, "q_proj")
     with pytest.raises(InvalidPlanError, match=message):
@@ -49,6 +62,7 @@ def test_bits_of_layers() -> None:
     dense = nn.Linear(64, 64)
     assert layer_bits(dense) == 16
     assert layer_bits(NF4Linear(dense)) == 4
+    assert layer_bits(Int8Linear(dense)) == 8
     assert layer_bits(NativeBackend(64).quantize(dense, 3, None, "layer")) == 3
 
 

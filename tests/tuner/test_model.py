@@ -34,15 +34,16 @@ def mixed_model(make: TinyLlamaFactory, dtype: torch.dtype = torch.float32) -> P
     return model
 
 
-def nf4_model(make: TinyLlamaFactory, dtype: torch.dtype = torch.float32) -> PeftModel:
-    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", bits_pattern={"o_proj": 16})
+def bitsandbytes_model(make: TinyLlamaFactory, dtype: torch.dtype = torch.float32) -> PeftModel:
+    pattern = {"o_proj": 16, "q_proj": 8, "down_proj": 8}
+    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", bits_pattern=pattern)
     model = get_peft_model(make().to(dtype), config)
     randomize_adapters(model)
     return model
 
 
 MakeModel = Callable[..., PeftModel]
-MODELS = [mixed_model, nf4_model]
+MODELS = [mixed_model, bitsandbytes_model]
 
 
 def dense_reference(make: TinyLlamaFactory, model: PeftModel) -> nn.Module:

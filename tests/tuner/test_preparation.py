@@ -15,6 +15,7 @@ from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSe
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.quant.backends import layer_bits
 from peft_autoqra.quant.linear import QuantLinear
+from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.tuner import preparation
 from peft_autoqra.tuner.config import AutoQRAConfig
@@ -84,10 +85,10 @@ def test_patterns_take_precedence_over_bits(tiny_llama: TinyLlamaFactory) -> Non
 
 
 def test_the_bitsandbytes_backend(tiny_llama: TinyLlamaFactory) -> None:
-    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", bits_pattern={"down_proj": 16})
+    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", bits_pattern={"down_proj": 16, "o_proj": 8})
     model = get_peft_model(tiny_llama(), config)
     types = [type(base_layer(model.get_base_model(), name)) for name in adapter_ranks(model.get_base_model())]
-    assert sorted(t.__name__ for t in types) == ["Linear"] * 2 + ["NF4Linear"] * 12
+    assert sorted(t.__name__ for t in types) == ["Int8Linear"] * 2 + ["Linear"] * 2 + ["NF4Linear"] * 10
     logits(model)  # an evaluation must not spoil the training that follows
     model.train()(
         input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)
@@ -227,7 +228,7 @@ BAD_PLANS = {
     ),
     "bits of another backend": (
         lambda plan: plan.replace(quantizer=QuantizerSettings(backend="bitsandbytes")),
-        "has NF4 .4 bits. only",
+        "bits=.*has 4 bits .NF4. and 8 bits .int8.",
     ),
     "missing correction": (without_corrections, "no correction of rank"),
     "correction of too low a rank": (
@@ -378,7 +379,10 @@ def test_no_pattern_of_a_plan_is_tried_on_other_modules(
     assert tried == []
 
 
-def test_nf4_layers_are_recognized_as_quantized(tiny_llama: TinyLlamaFactory) -> None:
-    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes")
+@pytest.mark.parametrize(("bits", "kind"), [(4, NF4Linear), (8, Int8Linear)])
+def test_bitsandbytes_layers_are_recognized_as_quantized(
+    tiny_llama: TinyLlamaFactory, bits: int, kind: type[nn.Module]
+) -> None:
+    config = AutoQRAConfig(bits=bits, r=4, quant_backend="bitsandbytes")
     model = get_peft_model(tiny_llama(), config).get_base_model()
-    assert isinstance(base_layer(model, Q_PROJ), NF4Linear)
+    assert isinstance(base_layer(model, Q_PROJ), kind)
