@@ -14,8 +14,8 @@ from peft_autoqra.errors import AutoQRAError, InvalidPlanError, PlanMismatchErro
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.quant.backends import layer_bits
-from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.int8 import Int8Linear
+from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.tuner import preparation
 from peft_autoqra.tuner.config import AutoQRAConfig
