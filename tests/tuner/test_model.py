@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -201,10 +201,14 @@ def test_gradient_checkpointing_gives_identical_gradients(tiny_llama: TinyLlamaF
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_dora_works_on_quantized_layers(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "bits"), [("native", 4), ("bitsandbytes", 8)])
+def test_dora_works_on_quantized_layers(
+    tiny_llama: TinyLlamaFactory, tmp_path: Path, backend: Literal["native", "bitsandbytes"], bits: int
+) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, AutoQRAConfig(bits=4, r=4, use_dora=True, task_type="CAUSAL_LM"))
+    config = AutoQRAConfig(bits=bits, r=4, quant_backend=backend, use_dora=True, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
     with model.disable_adapter():
         without = logits(model)
     torch.testing.assert_close(logits(model), without, rtol=1e-4, atol=1e-5)  # starts as the base

@@ -1,6 +1,7 @@
 """Quantizing the base in place: what it makes, and that every error leaves the model as it was."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from peft_autoqra.errors import AutoQRAError, InvalidPlanError, PlanMismatchError
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
-from peft_autoqra.quant.backends import layer_bits
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits
 from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
@@ -139,16 +140,25 @@ def test_a_compensated_plan_can_start_at_zero_all_the_same(tiny_llama: TinyLlama
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_gradients_of_the_adapters_are_those_of_the_dequantized_model(tiny_llama: TinyLlamaFactory) -> None:
+def bitsandbytes_plan(base: nn.Module) -> BitRankPlan:
+    """The mixed plan's ranks with the bits of the bitsandbytes backend."""
+    plan = mixed_plan(base, quantizer=QuantizerSettings(backend="bitsandbytes"))
+    return plan.replace(layers={n: LayerPlan((4, 8, 16)[i % 3], plan[n].rank) for i, n in enumerate(plan)})
+
+
+@pytest.mark.parametrize("make_plan", [mixed_plan, bitsandbytes_plan])
+def test_gradients_of_the_adapters_are_those_of_the_dequantized_model(
+    tiny_llama: TinyLlamaFactory, make_plan: Callable[[nn.Module], BitRankPlan]
+) -> None:
     """Independent reference: plain LoRA of PEFT on dense layers that hold the dequantized weights."""
     base = tiny_llama()
-    plan = mixed_plan(base)
+    plan = make_plan(base)
     torch.manual_seed(0)
     model = get_peft_model(base, AutoQRAConfig(plan=plan))
     dense = tiny_llama()
     for name in plan:
         layer = base_layer(model.get_base_model(), name)
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, QUANTIZED_LAYERS):
             dense.get_submodule(name).weight.data = layer.dequantize()
     ranks = {name: layer.rank for name, layer in plan.items() if layer.rank}
     reference = get_peft_model(
