@@ -13,9 +13,10 @@ from peft_autoqra.errors import AutoQRAError
 HELP = """\
 usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
 
-  search   find the weight bits and LoRA rank of every layer within a memory budget
-  train    fine-tune with a plan, or with the same bits and rank everywhere
-  report   write one HTML page about a search
+  search     find the weight bits and LoRA rank of every layer within a memory budget
+  train      fine-tune with a plan, or with the same bits and rank everywhere
+  report     write one HTML page about a search
+  calibrate  measure beforehand what every bit-width and rank of every layer loses; searches start from it
 
 `autoqra COMMAND --help` lists its flags; they may stand in a YAML recipe too. --dry_run estimates memory and time.
 
@@ -24,7 +25,8 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
   autoqra train --config search-out/recipe.yaml --plan search-out/plan --output_dir search-out/adapter
   autoqra report search-out
 """
-COMMANDS = ("search", "train", "report")
+COMMANDS = ("calibrate", "search", "train", "report")
+GOES_ON = ("calibrate", "search")
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AutoQRAError, OSError) as error:  # the latter: an output_dir that cannot be made, a full disk
         return _fail(f"{command}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        _fail(f"{command}: stopped" + ("; the same command goes on from here." if command == "search" else "."))
+        _fail(f"{command}: stopped" + ("; the same command goes on from here." if command in GOES_ON else "."))
         return EXIT_INTERRUPTED
 
 

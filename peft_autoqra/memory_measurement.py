@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
 
@@ -46,13 +47,15 @@ def _base_layer(module: nn.Module) -> nn.Module:
 
 
 def _weight_tensors(layer: nn.Module) -> list[Tensor]:
-    return [layer.W_q] if isinstance(layer, QuantLinear) else [layer.weight]  # type: ignore[list-item]
+    return [layer.W_q] if isinstance(layer, QuantLinear | Int8Linear) else [layer.weight]  # type: ignore[list-item]
 
 
 def _metadata_tensors(layer: nn.Module) -> Iterator[Tensor]:
     if isinstance(layer, QuantLinear):
         yield layer.scale_codes
         yield layer.scale_base
+    elif isinstance(layer, Int8Linear):
+        yield layer.scale_bytes
     elif isinstance(layer, NF4Linear):
         state = layer.weight.quant_state
         yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)

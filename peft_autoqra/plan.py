@@ -75,7 +75,7 @@ class QuantizerSettings:
     Attributes:
         backend: ``"native"`` for the group-wise 2, 3, 4 and 8-bit format; ``"gptq"`` for the same with its codes
             found by error feedback, which only a calibrated plan can hold; ``"bitsandbytes"`` for NF4 with double
-            quantization (4 bits only).
+            quantization (4 bits) and row-wise int8 (8 bits).
         group_size: weights that share a scale; halved per module until it divides the module's input size.
 
     Raises:

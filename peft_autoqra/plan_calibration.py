@@ -120,13 +120,13 @@ class PlanCalibration:
 
     def _tensors(self) -> dict[str, npt.NDArray[np.generic]]:
         tensors: dict[str, npt.NDArray[np.generic]] = {
-            f"{_MOMENT}:{name}": moment for name, moment in self.input_second_moments.items()
+            f"{_MOMENT}:{name}": np.ascontiguousarray(moment) for name, moment in self.input_second_moments.items()
         }
         for name, correction in self.corrections.items():
             tensors[f"{_LEFT}:{name}"] = np.ascontiguousarray(correction.left)
             tensors[f"{_RIGHT}:{name}"] = np.ascontiguousarray(correction.right)
         for name, stored in self.codes.items():
-            tensors.update({f"{kind}:{name}": getattr(stored, kind) for kind in _CODES})
+            tensors.update({f"{kind}:{name}": np.ascontiguousarray(getattr(stored, kind)) for kind in _CODES})
         return tensors
 
     @classmethod

@@ -82,7 +82,7 @@ class AdapterArguments:
         plan: folder or hub id of a plan.
         bits: of all layers without a plan; 4 by default.
         r: rank of all adapters without a plan; 16 by default.
-        quant_backend: without a plan: ``"native"`` (default), or ``"bitsandbytes"`` for NF4.
+        quant_backend: without a plan: ``"native"`` (default), or ``"bitsandbytes"`` for NF4 (4 bits) or int8 (8 bits).
         group_size: weights that share a scale, without a plan.
         target_modules: without a plan; None means all linear layers but the head.
         lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank)``; None takes the plan's, else 8.
@@ -98,7 +98,10 @@ class AdapterArguments:
     )
     quant_backend: str | None = field(
         default=None,
-        metadata={"help": "Without a plan: native, or bitsandbytes (NF4).", "choices": ["native", "bitsandbytes"]},
+        metadata={
+            "help": "Without a plan: native, or bitsandbytes (4 bits: NF4; 8 bits: int8).",
+            "choices": ["native", "bitsandbytes"],
+        },
     )
     group_size: int = field(default=64, metadata={"help": "Without a plan: weights that share a scale."})
     target_modules: list[str] | None = field(

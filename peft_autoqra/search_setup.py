@@ -21,12 +21,13 @@ from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.granularity import Granularity, build_search_space
-from peft_autoqra.importance.calibration import CalibrationOptions, calibration_fingerprint
+from peft_autoqra.importance.calibration import MAX_GRAM_FEATURES, CalibrationOptions, calibration_fingerprint
 from peft_autoqra.importance.calibration_bank import BankSettings, CalibrationBank, build_calibration_bank
 from peft_autoqra.importance.module_fit import FitSettings
 from peft_autoqra.memory import MemoryBudget, MemoryModel, resolve_budget
 from peft_autoqra.memory_estimate import MemoryScope
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
+from peft_autoqra.quant.backends import make_backend
 from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate, SearchSpace
@@ -125,6 +126,18 @@ class SearchSetup:
         return build_calibration_bank(
             self.model, self.calibration_batches, self.bank_settings, directory=cache_dir, show_progress=show_progress
         )
+
+    def calibration_bytes(self) -> tuple[int, int]:
+        """Bytes that a calibration keeps at most: of the bank, and of the statistics it is made from."""
+        backend, rank = make_backend(self.quantizer), self.bank_settings.fit.max_rank
+        bank = statistics = 0
+        for name, layer in self.linears.items():
+            out_features, in_features = layer.out_features, layer.in_features
+            statistics += 4 * (min(in_features, MAX_GRAM_FEATURES) * in_features + out_features)
+            for bits in self.bank_settings.bit_choices:
+                bank += sum(backend.num_bytes(out_features, in_features, bits, name))
+                bank += 2 * min(rank, out_features, in_features) * (out_features + in_features)
+        return bank, statistics
 
     def evaluator(self, bank: CalibrationBank) -> SFTEvaluator:
         """Evaluates plans on the model, whose weights it overwrites."""

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from trl import SFTConfig
 
 from peft_autoqra.evaluation.held_out import held_out_loss
 from peft_autoqra.importance.calibration import forward_backward
+from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.search_config import AutoQRASearchConfig
@@ -83,6 +85,19 @@ class AutoQRASearcher:
         """Where trials, plan and result go."""
         return Path(self.config.output_dir)
 
+    @property
+    def cache_dir(self) -> Path:
+        """Where calibration is kept."""
+        return Path(self.config.cache_dir) if self.config.cache_dir else self.output_dir / CALIBRATION_FOLDER
+
+    def calibrate(self) -> CalibrationBank:
+        """What every bit-width and rank of every layer loses; what the cache holds of it is not measured again.
+
+        Raises:
+            CalibrationError: a module that the data never reaches, or values that are not finite.
+        """
+        return self.setup.calibration_bank(self.cache_dir, show_progress=self._show_progress)
+
     def run(self) -> SearchResult:
         """Search, save ``plan/`` and ``search_result.json`` in the output directory, and return the result.
 
@@ -92,8 +107,7 @@ class AutoQRASearcher:
         """
         start = time.perf_counter()
         log = TrialLog(self.output_dir / LOG_FILE, self.setup.identity(), resume=self.config.resume)
-        cache_dir = Path(self.config.cache_dir) if self.config.cache_dir else self.output_dir / CALIBRATION_FOLDER
-        bank = self.setup.calibration_bank(cache_dir, show_progress=self._show_progress)
+        bank = self.calibrate()
         calibration_seconds = time.perf_counter() - start
         problem = self.setup.problem_with(bank.error_table.loss_table(self.setup.space))
         evaluator = self.setup.evaluator(bank)
@@ -201,7 +215,7 @@ def _step_seconds(setup: SearchSetup) -> float:
     args = setup.args
     num_sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
     batches = setup.data.batches(setup.data.train, num_sequences)
-    return _seconds_of(lambda: [forward_backward(setup.model, batch) for batch in batches])
+    return _seconds_of(partial(forward_backward, setup.model, batches))
 
 
 def _seconds_of(action: Callable[[], object]) -> float:

@@ -140,7 +140,7 @@ def test_group_sizes_that_are_no_power_of_two(group_size: Any) -> None:
 
 
 def test_an_unknown_backend() -> None:
-    with pytest.raises(InvalidPlanError, match="'hqq' is unknown; use 'native' or 'bitsandbytes'"):
+    with pytest.raises(InvalidPlanError, match=r"'hqq' is unknown; use one of .*'native'"):
         QuantizerSettings(backend="hqq")  # type: ignore[arg-type]
 
 
@@ -524,7 +524,7 @@ def test_no_flipped_bit_gives_another_calibration(tmp_path: Path) -> None:
     [
         ({"weight": np.zeros(3)}, "unknown tensor 'weight'"),
         ({"input_second_moment:": np.zeros(3)}, "unknown tensor"),
-        ({"correction_left:a": np.zeros((3, 2), np.float16)}, "one half"),
+        ({"correction_left:a": np.zeros((3, 2), np.float16)}, "parts of some"),
     ],
 )
 def test_a_calibration_file_with_other_content(tmp_path: Path, tensors: dict[str, Any], message: str) -> None:

@@ -225,10 +225,25 @@ def test_a_budget_without_room_for_an_adapter_is_refused_at_once(make_searcher):
 def test_searches_with_other_choices_share_a_cache(make_searcher):
     first = make_searcher("one")
     first.run()
-    make_searcher("other", rank_choices=[0, 1], bit_choices=[3, 8]).run()
-    folders = {path.name for path in Path(first.config.cache_dir).iterdir()}
-    assert len(folders) == 2
-    assert first.setup.bank_settings.fingerprint in folders
+    make_searcher("ranks", rank_choices=[0, 1], bit_choices=[3, 8]).run()
+    make_searcher("bits", bit_choices=[3, 8]).run()
+    folders = [path.name.partition("-")[0] for path in Path(first.config.cache_dir).iterdir()]
+    assert sorted(folders) == ["bank", "bank", "statistics"]  # one for each largest rank
+
+
+def test_a_search_with_error_feedback_gives_a_plan_that_carries_its_codes(make_searcher, tiny_llama):
+    searcher = make_searcher("gptq", quant_backend="gptq", bit_choices=[3, 4])
+    plan = searcher.run().plan
+    assert plan.quantizer.backend == "gptq"
+    bank = searcher.setup.calibration_bank(Path(searcher.config.cache_dir), show_progress=False)
+    for name, layer in plan.items():
+        assert np.array_equal(plan.calibration.codes[name].codes, bank.entries[name, layer.bits].codes.codes)
+
+
+def test_keeping_dense_weights_changes_no_result(make_searcher):
+    results = [make_searcher(str(choice), materialize=choice).run() for choice in (False, True)]
+    losses = [[trial.loss for trial in result.trials] for result in results]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])

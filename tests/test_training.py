@@ -69,6 +69,7 @@ def make_finetune(tiny_llama, tmp_path):
         {"bits": 2, "r": 4, "num_calibration_sequences": 0},
         {"bits": 16, "r": 2},
         {"quant_backend": "bitsandbytes", "r": 4},
+        {"quant_backend": "bitsandbytes", "bits": 8, "r": 4},
         {"bits": 8, "r": 2, "target_modules": ["q_proj", "v_proj"]},
     ],
 )

@@ -68,8 +68,8 @@ class BlockCalibration:
                     steps.update()
                 self._head(seed)
             steps.update(2 * depth - 1 - (self._next_back() or 0) - steps.n)
-            while (index := self._next_back()) is not None and index >= self._lowest:
-                self._backward(index, calls)
+            while (block := self._next_back()) is not None and block >= self._lowest:
+                self._backward(block, calls)
                 steps.update()
         self._activations.clear()
 

@@ -105,13 +105,14 @@ def calibrate(
     return statistics
 
 
-def forward_backward(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+def forward_backward(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
     """One pass forward and back to the embeddings, which leaves nothing behind; what a training step costs."""
-    prepared = CalibrationBatch.prepare(batch, _input_device(model))
-    generator = torch.Generator(prepared.device).manual_seed(0)
+    generator = torch.Generator(_input_device(model)).manual_seed(0)
     with flags_kept(model), torch.enable_grad(), _gradients_from(model.get_input_embeddings()):
         model.eval().requires_grad_(False)
-        prepared.back_propagate(model(**prepared.inputs, use_cache=False).logits, generator)
+        for given in batches:
+            batch = CalibrationBatch.prepare(given, _input_device(model))
+            batch.back_propagate(model(**batch.inputs, use_cache=False).logits, generator)
 
 
 def calibration_fingerprint(

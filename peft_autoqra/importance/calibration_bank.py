@@ -1,4 +1,4 @@
-"""All that one calibration of a model gives: error table, quantized weights and initial adapters, at every bit-width."""
+"""All that calibrating a model gives: error table, quantized weights and initial adapters, at every bit-width."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class InputMetric:
     @property
     def is_full(self) -> bool:
         """Whether H is more than its diagonal."""
-        return self.moment.dim() == 2
+        return bool(self.moment.dim() == 2)
 
     def apply(self, rows: Tensor) -> Tensor:
         """``rows H``, ``[n, in_features]``."""
@@ -56,9 +56,10 @@ class InputMetric:
 
     def unwhiten(self, rows: Tensor) -> Tensor:
         """``rows C^-1``, ``[n, in_features]``."""
-        if self.is_full:
-            return torch.linalg.solve_triangular(self.cholesky_factor, rows, upper=False, left=False)
-        return rows / self.moment.sqrt()
+        if not self.is_full:
+            return rows / self.moment.sqrt()
+        result: Tensor = torch.linalg.solve_triangular(self.cholesky_factor, rows, upper=False, left=False)
+        return result
 
     @cached_property
     def cholesky_factor(self) -> Tensor:

@@ -54,7 +54,7 @@ class ErrorTable:
     @property
     def max_rank(self) -> int:
         """Largest rank that was measured."""
-        return self.rises.shape[-1] - 1
+        return int(self.rises.shape[-1]) - 1
 
     def rise(self, module_name: str, bits: int, rank: int) -> float:
         """Estimated loss rise of one module, nats per token; 0 at 16 bits."""
@@ -103,7 +103,7 @@ class ErrorTable:
             "bit_choices": self.bit_choices,
             "fingerprint": self.fingerprint,
         }
-        save_file({"rises": self.rises}, path, metadata={_HEADER: json.dumps(content)})
+        save_file({"rises": np.ascontiguousarray(self.rises)}, path, metadata={_HEADER: json.dumps(content)})
 
     @classmethod
     def load(cls, path: str | Path) -> ErrorTable:

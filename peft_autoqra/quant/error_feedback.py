@@ -21,8 +21,8 @@ def quantize_with_error_feedback(
 ) -> QuantizedWeight:
     """Quantize to the native format so that ``tr (W - Q) H (W - Q)^T`` is small, H the inputs' whole second moment.
 
-    GPTQ (Frantar et al. 2023, algorithm 1): columns are rounded in the order of falling ``H[j, j]``, and after each the
-    remaining ones move by the least-squares answer to its error. Scales and offsets are those of
+    GPTQ (Frantar et al. 2023, algorithm 1): columns are rounded in the order of falling ``H[j, j]``, and after each
+    the remaining ones move by the least-squares answer to its error. Scales and offsets are those of
     :func:`quantize_affine`, fitted before, so the columns of a group need not be neighbours in that order.
 
     Args:
@@ -77,7 +77,8 @@ def _feedback(gram: Tensor, damping: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise CalibrationError("The input Gram is not positive definite; calibrate with more tokens or damping.")
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return upper.float()
 
 
 def _round_columns(weight: Tensor, scale: Tensor, offset: Tensor, feedback: Tensor, top: int) -> Tensor:

@@ -16,7 +16,7 @@ from tests.tiny_data import token_dataset
 
 BITS, RANKS = (2, 3, 4, 8, 16), (4, 0, 2)
 QUANTIZER = QuantizerSettings(group_size=32)
-NF4 = QuantizerSettings(backend="bitsandbytes")
+BNB = QuantizerSettings(backend="bitsandbytes")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def mixed_plan(bank, names, shift: int = 0) -> BitRankPlan:
     return BitRankPlan(layers, quantizer=QUANTIZER, initialization="compensate", calibration=bank.for_layers(layers))
 
 
-def nf4_plan(names) -> BitRankPlan:
-    return BitRankPlan({n: LayerPlan(16 if "down" in n else 4, 2) for n in names}, quantizer=NF4)
+def bitsandbytes_plan(names) -> BitRankPlan:
+    return BitRankPlan({n: LayerPlan((4, 8, 16)[i % 3], 2) for i, n in enumerate(names)}, quantizer=BNB)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -73,9 +73,9 @@ def test_native_weights_are_those_of_the_quantized_layers(resident, bank, tiny_l
         assert torch.equal(weight, expected[name]), name
 
 
-def test_nf4_weights_are_those_of_the_quantized_layers(resident, tiny_llama):
-    plan = nf4_plan(weights(resident.model))
-    resident.load(plan, with_corrections=True)  # NF4 plans start at zero
+def test_bitsandbytes_weights_are_those_of_the_quantized_layers(resident, tiny_llama):
+    plan = bitsandbytes_plan(weights(resident.model))
+    resident.load(plan, with_corrections=True)  # these plans start at zero
     expected = decoded_weights(tiny_llama(), plan, with_corrections=False)
     for name, weight in weights(resident.model).items():
         assert torch.equal(weight, expected[name]), name
@@ -109,7 +109,7 @@ def test_restore_is_exact(resident, bank):
 
 def test_what_was_loaded_before_leaves_no_trace(resident, bank, tiny_llama):
     names = list(weights(resident.model))
-    plans = [mixed_plan(bank, names), nf4_plan(names), mixed_plan(bank, names, shift=1)]
+    plans = [mixed_plan(bank, names), bitsandbytes_plan(names), mixed_plan(bank, names, shift=1)]
     order = [(0, True), (1, False), (0, False), (2, True), (0, True), (0, False), (2, False), (1, True)]
     for index, with_corrections in order:
         resident.load(plans[index], with_corrections=with_corrections)

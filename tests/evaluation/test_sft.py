@@ -10,7 +10,8 @@ from peft_autoqra import BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
-from peft_autoqra.importance.calibration_bank import build_calibration_bank
+from peft_autoqra.importance.calibration_bank import BankSettings, build_calibration_bank
+from peft_autoqra.importance.module_fit import FitSettings
 from peft_autoqra.target_modules import linear_targets
 from peft_autoqra.trial import Fidelity, TrialStatus
 from tests.tiny_data import token_dataset, word_tokenizer
@@ -104,7 +105,9 @@ class TestModelIsLeftAsItWas:
             data = SFTData(model, args, token_dataset(seed=0), token_dataset(seed=1), word_tokenizer())
             linears = linear_targets(model)
             batches = data.batches(data.train, 4)
-            settings = bank_settings(model, batches, list(linears), QUANTIZER, [2, 4], max_rank=4)
+            settings = BankSettings(
+                module_names=tuple(linears), bit_choices=(2, 4), quantizer=QUANTIZER, fit=FitSettings(max_rank=4)
+            )
             bank = build_calibration_bank(model, batches, settings)
             resident = ResidentModel(model, linears, bank)
             plan = BitRankPlan(

@@ -1,4 +1,4 @@
-"""Calibration block by block gives what whole passes give, goes on where it was stopped, and reads models from disk."""
+"""Calibration block by block gives what whole passes give, goes on where it was stopped, reads models from disk."""
 
 import pytest
 import torch
@@ -155,12 +155,12 @@ def test_goes_on_where_it_was_stopped(model, names, tmp_path, monkeypatch, after
 
 def test_a_model_on_disk_is_read_block_by_block(model, names, tmp_path):
     model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    in_memory = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     offloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
-        device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
-                    "lm_head": "cpu"},
+        device_map={"model.layers": "disk", **dict.fromkeys(in_memory, "cpu")},
         offload_folder=tmp_path / "offload",
-    )  # fmt: skip
+    )
     assert {parameter.device.type for parameter in offloaded.model.layers.parameters()} == {"meta"}
     assert BlockChain.find(offloaded, names, batches()[0]) is not None
     assert_same(calibrate(offloaded, batches(), names), calibrate(model, batches(), names))

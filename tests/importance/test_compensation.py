@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peft_autoqra.errors import CalibrationError
+from peft_autoqra.importance import compensation
 from peft_autoqra.importance.compensation import RIGHT_ROW_NORM, InputMetric, output_scale, whiten_error
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (1, 8), (8, 1)]
@@ -140,3 +141,47 @@ def test_names_a_singular_input_gram():
     error, _, scale = make((9, 6))
     with pytest.raises(CalibrationError, match="not positive definite"):
         whiten_error(error, InputMetric(torch.diag(torch.tensor([1.0, 0, 0, 0, 0, 0])), 0.0), scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_diagonal_metric_is_the_full_one_without_correlations(shape):
+    error, metric, scale = make(shape)
+    diagonal = metric.moment.diagonal()
+    short, full = InputMetric(diagonal.clone(), 0), InputMetric(torch.diag(diagonal), 0)
+    found, expected = whiten_error(error, short, scale), whiten_error(error, full, scale)
+    torch.testing.assert_close(found.residuals(8), expected.residuals(8), rtol=1e-4, atol=1e-4)
+    products = [left @ right for left, right in (found.factors(3), expected.factors(3))]
+    torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300)])
+@pytest.mark.parametrize("decay", [0.0, 1.0], ids=["flat", "steep"])
+def test_randomized_decomposition_loses_at_most_one_percent(monkeypatch, shape, decay):
+    """A flat spectrum is the worst case: no gap tells the wanted directions from the rest."""
+    generator = torch.Generator().manual_seed(5)
+    size, max_rank = min(shape), 16
+    left, _ = torch.linalg.qr(torch.randn(shape[0], size, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(shape[1], size, generator=generator))
+    spectrum = torch.arange(1, size + 1) ** -decay
+    error, scale = (left * spectrum) @ right.T, torch.ones(shape[0])
+    metric = InputMetric(torch.eye(shape[1]), 0)
+    exact = whiten_error(error, metric, scale, max_rank).residuals(max_rank)
+    monkeypatch.setattr(compensation, "EXACT_SIDE", 1)
+    found = whiten_error(error, metric, scale, max_rank)
+    assert len(found.squared_singular_values) == max_rank
+    residuals = found.residuals(max_rank)
+    assert bool((residuals >= exact * (1 - 1e-5)).all())
+    assert bool((residuals <= exact * 1.01).all())
+    for rank in (4, max_rank):
+        remaining = error - torch.matmul(*found.factors(rank))
+        assert float(remaining.square().sum()) == pytest.approx(float(residuals[rank]), rel=1e-3)
+
+
+def test_randomized_decomposition_is_the_same_every_time_and_leaves_the_global_generator_alone(monkeypatch):
+    error, metric, scale = make((200, 150))
+    monkeypatch.setattr(compensation, "EXACT_SIDE", 1)
+    state = torch.random.get_rng_state()
+    first = whiten_error(error, metric, scale, 4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(7)
+    assert torch.equal(whiten_error(error, metric, scale, 4).vectors, first.vectors)

@@ -50,7 +50,7 @@ def whitened(error: torch.Tensor, statistics: ModuleStatistics) -> torch.Tensor:
     return scale[:, None].double() * error.double() @ torch.linalg.cholesky(moment)
 
 
-@pytest.mark.parametrize("quantize", [AFFINE, GPTQ])
+@pytest.mark.parametrize("quantize", [AFFINE, GPTQ], ids=["native", "gptq"])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_rise_is_half_the_squared_singular_values_left(weights, statistics, name, bits, quantize):
@@ -62,7 +62,7 @@ def test_rise_is_half_the_squared_singular_values_left(weights, statistics, name
         assert float(fit.rises[rank]) == pytest.approx(expected, rel=1e-3, abs=1e-5 * float(squares.sum()))
 
 
-@pytest.mark.parametrize("quantize", [AFFINE, GPTQ])
+@pytest.mark.parametrize("quantize", [AFFINE, GPTQ], ids=["native", "gptq"])
 def test_correction_leaves_what_the_rises_say(weights, statistics, quantize):
     fit = module(weights, statistics).fit(quantize, 2, SETTINGS)
     for rank in (0, 2, 8):
@@ -78,7 +78,7 @@ def test_ranks_above_the_smaller_side_leave_nothing(weights, statistics):
     assert not fit.rises[4:].any()
 
 
-@pytest.mark.parametrize("quantize", [AFFINE, GPTQ])
+@pytest.mark.parametrize("quantize", [AFFINE, GPTQ], ids=["native", "gptq"])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_alternating_never_loses_and_gains_at_two_bits(weights, statistics, quantize, bits):
     once, more = (

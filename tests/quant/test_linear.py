@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from peft_autoqra.plan import QuantizerSettings
 from peft_autoqra.quant import packing
 from peft_autoqra.quant.backends import NativeBackend, dense_linear
 from peft_autoqra.quant.linear import QuantLinear
@@ -21,10 +22,12 @@ from peft_autoqra.quant.packing import NATIVE_BITS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLUMNS = 24, 48
 
+BACKEND = NativeBackend(QuantizerSettings(group_size=16))
+
 
 def make_layer(bits: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> QuantLinear:
     torch.manual_seed(bits)
-    return NativeBackend(16).quantize(nn.Linear(COLUMNS, ROWS, bias=bias, dtype=dtype), bits, None, "layer")
+    return BACKEND.quantize(nn.Linear(COLUMNS, ROWS, bias=bias, dtype=dtype), bits, None, "layer")
 
 
 @pytest.mark.parametrize("shape", [(COLUMNS,), (5, COLUMNS), (2, 3, COLUMNS)])
@@ -126,7 +129,7 @@ def test_a_copy_computes_the_same(bits: int, copied) -> None:
 
 @pytest.mark.parametrize("bits", NATIVE_BITS)
 def test_state_dict_round_trip(bits: int, tmp_path: Path) -> None:
-    layer, other = make_layer(bits), NativeBackend(16).quantize(nn.Linear(COLUMNS, ROWS), bits, None, "layer")
+    layer, other = make_layer(bits), BACKEND.quantize(nn.Linear(COLUMNS, ROWS), bits, None, "layer")
     save_model(layer, str(tmp_path / "layer.safetensors"))
     load_model(other, str(tmp_path / "layer.safetensors"))
     x = torch.randn(3, COLUMNS)

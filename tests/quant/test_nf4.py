@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from peft_autoqra.plan import QuantizerSettings
 from peft_autoqra.quant.backends import BitsAndBytesBackend, dense_linear
 from peft_autoqra.quant.nf4 import NF4Linear
 
@@ -62,7 +63,7 @@ def test_bytes_equal_the_closed_form(shape: tuple[int, int]) -> None:
     layer = NF4Linear(make_dense(*shape))
     state = layer.weight.quant_state
     metadata = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-    codes_bytes, metadata_bytes = BitsAndBytesBackend().num_bytes(*shape, 4, "layer")
+    codes_bytes, metadata_bytes = BitsAndBytesBackend(QuantizerSettings()).num_bytes(*shape, 4, "layer")
     assert codes_bytes == layer.weight.nbytes
     assert metadata_bytes == sum(tensor.nbytes for tensor in metadata)
 

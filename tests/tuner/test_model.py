@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra.plan import QuantizerSettings
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, NativeBackend, layer_bits
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.layer import QuantLoRALinear
@@ -34,15 +35,16 @@ def mixed_model(make: TinyLlamaFactory, dtype: torch.dtype = torch.float32) -> P
     return model
 
 
-def nf4_model(make: TinyLlamaFactory, dtype: torch.dtype = torch.float32) -> PeftModel:
-    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", bits_pattern={"o_proj": 16})
+def bitsandbytes_model(make: TinyLlamaFactory, dtype: torch.dtype = torch.float32) -> PeftModel:
+    pattern = {"o_proj": 16, "q_proj": 8, "down_proj": 8}
+    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", bits_pattern=pattern)
     model = get_peft_model(make().to(dtype), config)
     randomize_adapters(model)
     return model
 
 
 MakeModel = Callable[..., PeftModel]
-MODELS = [mixed_model, nf4_model]
+MODELS = [mixed_model, bitsandbytes_model]
 
 
 def dense_reference(make: TinyLlamaFactory, model: PeftModel) -> nn.Module:
@@ -200,10 +202,14 @@ def test_gradient_checkpointing_gives_identical_gradients(tiny_llama: TinyLlamaF
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_dora_works_on_quantized_layers(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "bits"), [("native", 4), ("bitsandbytes", 8)])
+def test_dora_works_on_quantized_layers(
+    tiny_llama: TinyLlamaFactory, tmp_path: Path, backend: Literal["native", "bitsandbytes"], bits: int
+) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, AutoQRAConfig(bits=4, r=4, use_dora=True, task_type="CAUSAL_LM"))
+    config = AutoQRAConfig(bits=bits, r=4, quant_backend=backend, use_dora=True, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
     with model.disable_adapter():
         without = logits(model)
     torch.testing.assert_close(logits(model), without, rtol=1e-4, atol=1e-5)  # starts as the base
@@ -340,7 +346,7 @@ def test_adapters_of_another_base_are_noticed(tiny_llama: TinyLlamaFactory, tmp_
 
 
 def test_the_adapter_lies_where_the_quantized_layer_lies() -> None:
-    layer = NativeBackend(32).quantize(nn.Linear(64, 32), 4, None, "layer").to("meta")
+    layer = NativeBackend(QuantizerSettings(group_size=32)).quantize(nn.Linear(64, 32), 4, None, "layer").to("meta")
     adapted = QuantLoRALinear(layer, "default", config=LoraConfig(r=4), r=4, lora_alpha=4)
     assert adapted.lora_A["default"].weight.device == adapted.lora_B["default"].weight.device == torch.device("meta")
 

@@ -1,6 +1,7 @@
 """Quantizing the base in place: what it makes, and that every error leaves the model as it was."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from peft_autoqra.errors import AutoQRAError, InvalidPlanError, PlanMismatchError
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
-from peft_autoqra.quant.backends import layer_bits
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits
+from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.tuner import preparation
@@ -84,10 +86,10 @@ def test_patterns_take_precedence_over_bits(tiny_llama: TinyLlamaFactory) -> Non
 
 
 def test_the_bitsandbytes_backend(tiny_llama: TinyLlamaFactory) -> None:
-    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", bits_pattern={"down_proj": 16})
+    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes", bits_pattern={"down_proj": 16, "o_proj": 8})
     model = get_peft_model(tiny_llama(), config)
     types = [type(base_layer(model.get_base_model(), name)) for name in adapter_ranks(model.get_base_model())]
-    assert sorted(t.__name__ for t in types) == ["Linear"] * 2 + ["NF4Linear"] * 12
+    assert sorted(t.__name__ for t in types) == ["Int8Linear"] * 2 + ["Linear"] * 2 + ["NF4Linear"] * 10
     logits(model)  # an evaluation must not spoil the training that follows
     model.train()(
         input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)
@@ -138,16 +140,25 @@ def test_a_compensated_plan_can_start_at_zero_all_the_same(tiny_llama: TinyLlama
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_gradients_of_the_adapters_are_those_of_the_dequantized_model(tiny_llama: TinyLlamaFactory) -> None:
+def bitsandbytes_plan(base: nn.Module) -> BitRankPlan:
+    """The mixed plan's ranks with the bits of the bitsandbytes backend."""
+    plan = mixed_plan(base, quantizer=QuantizerSettings(backend="bitsandbytes"))
+    return plan.replace(layers={n: LayerPlan((4, 8, 16)[i % 3], plan[n].rank) for i, n in enumerate(plan)})
+
+
+@pytest.mark.parametrize("make_plan", [mixed_plan, bitsandbytes_plan])
+def test_gradients_of_the_adapters_are_those_of_the_dequantized_model(
+    tiny_llama: TinyLlamaFactory, make_plan: Callable[[nn.Module], BitRankPlan]
+) -> None:
     """Independent reference: plain LoRA of PEFT on dense layers that hold the dequantized weights."""
     base = tiny_llama()
-    plan = mixed_plan(base)
+    plan = make_plan(base)
     torch.manual_seed(0)
     model = get_peft_model(base, AutoQRAConfig(plan=plan))
     dense = tiny_llama()
     for name in plan:
         layer = base_layer(model.get_base_model(), name)
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, QUANTIZED_LAYERS):
             dense.get_submodule(name).weight.data = layer.dequantize()
     ranks = {name: layer.rank for name, layer in plan.items() if layer.rank}
     reference = get_peft_model(
@@ -227,7 +238,7 @@ BAD_PLANS = {
     ),
     "bits of another backend": (
         lambda plan: plan.replace(quantizer=QuantizerSettings(backend="bitsandbytes")),
-        "has NF4 .4 bits. only",
+        "bits=.*has 4 bits .NF4. and 8 bits .int8.",
     ),
     "missing correction": (without_corrections, "no correction of rank"),
     "correction of too low a rank": (
@@ -378,7 +389,10 @@ def test_no_pattern_of_a_plan_is_tried_on_other_modules(
     assert tried == []
 
 
-def test_nf4_layers_are_recognized_as_quantized(tiny_llama: TinyLlamaFactory) -> None:
-    config = AutoQRAConfig(bits=4, r=4, quant_backend="bitsandbytes")
+@pytest.mark.parametrize(("bits", "kind"), [(4, NF4Linear), (8, Int8Linear)])
+def test_bitsandbytes_layers_are_recognized_as_quantized(
+    tiny_llama: TinyLlamaFactory, bits: int, kind: type[nn.Module]
+) -> None:
+    config = AutoQRAConfig(bits=bits, r=4, quant_backend="bitsandbytes")
     model = get_peft_model(tiny_llama(), config).get_base_model()
-    assert isinstance(base_layer(model, Q_PROJ), NF4Linear)
+    assert isinstance(base_layer(model, Q_PROJ), kind)

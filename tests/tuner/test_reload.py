@@ -54,7 +54,15 @@ def nf4(base: nn.Module) -> AutoQRAConfig:
     )
 
 
-CONFIGS = {make.__name__: make for make in (mixed, compensated, uniform, overlapping, nf4)}
+def int8(base: nn.Module) -> AutoQRAConfig:
+    """With NF4, int8 and 16 bits, with adapters and without."""
+    pattern = {"up_proj": 4, "k_proj": 16, "down_proj": 8}
+    return AutoQRAConfig(
+        bits=8, r=4, quant_backend="bitsandbytes", target_modules=["q_proj", "down_proj"], bits_pattern=pattern
+    )
+
+
+CONFIGS = {make.__name__: make for make in (mixed, compensated, uniform, overlapping, nf4, int8)}
 
 
 def save_base(make: TinyLlamaFactory, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
