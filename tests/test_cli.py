@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from peft import AutoPeftModelForCausalLM
 
 from peft_autoqra import BitRankPlan, cli
 from peft_autoqra.commands import parser, search, train
+from peft_autoqra.importance import calibration_bank
+from peft_autoqra.importance.error_table import ErrorTable
 from tests.tiny_folder import SEARCH_FLAGS, TinyFolder, make_tiny_folder
 
 
@@ -312,3 +315,35 @@ class TestRuns:
         assert cli.main(["report", str(searched), "--output", str(tmp_path / "page.html")]) == 0
         assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
         assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("calibrate") / "out"
+    assert cli.main(["calibrate", *tiny.flags, *SEARCH_FLAGS, "--output_dir", str(directory)]) == 0
+    return directory
+
+
+class TestCalibrate:
+    def test_writes_the_table_that_the_search_starts_from(self, tiny, calibrated, capsys, monkeypatch):
+        table = ErrorTable.load(calibrated / "calibration" / "error_table.safetensors")
+        flags = [*tiny.flags, *SEARCH_FLAGS, "--output_dir", str(calibrated)]
+        assert cli.main(["calibrate", *flags]) == 0
+        text = capsys.readouterr().out
+        assert f"{table.rises[:, table.bit_choices.index(2), 0].sum():.4g}" in text
+        monkeypatch.setattr(calibration_bank, "calibrate", lambda *_: pytest.fail("measured again"))
+        assert cli.main(["search", *flags]) == 0
+
+    def test_a_dry_run_tells_how_much_will_be_kept(self, tiny, calibrated, capsys, tmp_path):
+        flags = [*tiny.flags, *SEARCH_FLAGS, "--output_dir"]
+        assert cli.main(["calibrate", *flags, str(tmp_path / "none"), "--dry_run"]) == 0
+        assert not (tmp_path / "none").exists()
+        text = capsys.readouterr().out
+        assert "14 modules" in text
+        said = [float(number.replace(",", "")) for number in re.findall(r"([\d.,]+) [kM]B", text)]
+        kept = [
+            sum(f.stat().st_size for f in calibrated.rglob(f"{kind}-*/**/*.safetensors"))
+            for kind in ("statistics", "bank")
+        ]
+        assert kept[0] < 1.5e3 * said[0]  # headers come on top, shared Grams are kept once
+        assert kept[1] < 3e3 * said[1]

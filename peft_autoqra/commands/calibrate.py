@@ -18,8 +18,8 @@ from peft_autoqra.searcher import AutoQRASearcher
 from peft_autoqra.units import format_bytes
 
 DESCRIPTION = (
-    "Measure what every bit-width and rank of every layer loses, and keep the quantized layers. Searches with the same "
-    "cache_dir (or output_dir), model, data and modules start from it. A stopped calibration goes on."
+    "Measure what every bit-width and rank of every layer loses, and keep the quantized layers. Searches with the "
+    "same cache_dir (or output_dir), model, data and modules start from it. A stopped calibration goes on."
 )
 TABLE_FILE = "error_table.safetensors"
 
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
 def rises_text(table: ErrorTable, rank_choices: Sequence[int]) -> str:
     """Estimated loss rise of uniform plans, summed over all modules."""
     rows = [
-        [f"{bits} bits", *(f"{table.rises[:, index, rank].sum():.4f}" for rank in rank_choices)]
+        [f"{bits} bits", *(f"{table.rises[:, index, rank].sum():.4g}" for rank in rank_choices)]
         for index, bits in enumerate(table.bit_choices)
     ]
     return "\n".join(
