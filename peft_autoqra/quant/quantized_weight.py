@@ -96,12 +96,14 @@ class QuantizedWeight:
 
 def decode_scale_codes(scale_codes: Tensor, scale_base: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and offsets of the groups of a 2-4 bit weight, each float32 ``[G]``; scales with 20 significant bits."""
+    num_groups, num_superblocks = scale_codes.shape[1], scale_base.shape[1]
     base = scale_base.view(torch.bfloat16).float()  # [2, S, 2]
-    num_groups = scale_codes.shape[1]
-    block = torch.arange(num_groups, device=scale_codes.device) // SUPERBLOCK_GROUPS
-    minimum, step = base[:, block, 0], base[:, block, 1]
+    padding = num_superblocks * SUPERBLOCK_GROUPS - num_groups
+    padded = torch.nn.functional.pad(scale_codes, (0, padding)) if padding else scale_codes
+    blocks = padded.view(2, num_superblocks, SUPERBLOCK_GROUPS).float()
     # A product of 8 by 8 bits is exact in float32, so only the sum rounds, with or without FMA.
-    scale, offset = (minimum + step * scale_codes.float()).unbind(0)
+    values = base[..., :1] + base[..., 1:] * blocks
+    scale, offset = values.view(2, -1)[:, :num_groups].unbind(0)
     # Without its last 4 bits the scale times a code of up to 4 bits is exact too, and ``scale * q + offset`` rounds
     # once: the weight is the same to the last bit on every device, fused or not, compiled or not.
     return (scale.view(torch.int32) & ~0xF).view(torch.float32), offset
