@@ -23,3 +23,7 @@ class CalibrationError(AutoQRAError, ValueError):
 
 class SearchStateError(AutoQRAError, RuntimeError):
     """A search directory that cannot be continued, for example one that belongs to another search."""
+
+
+class MissingDependencyError(AutoQRAError, RuntimeError):
+    """Something outside the package that a feature needs and that is not installed."""

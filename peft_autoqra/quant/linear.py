@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from peft_autoqra.quant.quantized_weight import QuantizedWeight, WeightFormat, dequantize
+from peft_autoqra.quant.quantized_weight import QuantizedWeight, WeightFormat, dequantize, runs_triton_kernels
+
+MAX_ROWS_OF_PACKED_PRODUCT = 4
+"""Tokens up to which generation on CUDA multiplies by the packed codes instead of decoding the weight."""
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -26,6 +29,11 @@ class _QuantizedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(codes, scale_codes, scale_base)
         ctx.weight_format = weight_format
+        few_rows = x.numel() <= MAX_ROWS_OF_PACKED_PRODUCT * weight_format.in_features
+        if few_rows and not any(ctx.needs_input_grad) and runs_triton_kernels(x):
+            from peft_autoqra.quant import triton_kernels  # noqa: PLC0415 - optional dependency
+
+            return triton_kernels.multiply_packed(weight_format, codes, scale_codes, scale_base, x, bias)
         return torch.nn.functional.linear(x, dequantize(weight_format, codes, scale_codes, scale_base, x.dtype), bias)
 
     @staticmethod

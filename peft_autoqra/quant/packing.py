@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -39,45 +37,43 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return as_bytes[: packed_num_bytes(flat.numel(), bits)].clone()
 
 
-def _code_table(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """All codes that one table index holds, ``[2**index_bits, codes_per_index]``.
-
-    An index is one byte, for 3 bits the 12 bits that hold four codes.
-    """
-    index_bits = 12 if bits == 3 else 8
-    # Built outside inference mode: a table that a generate() call happened to build must also serve training.
-    with torch.inference_mode(False):
-        shifts = torch.arange(index_bits // bits, device=device) * bits
-        indices = torch.arange(2**index_bits, device=device)
-        codes: Tensor = (indices[:, None] >> shifts) & (2**bits - 1)
-        return codes.to(dtype)
+# Per width: the integer type that holds the codes of one word at a byte each, and the steps (mask, shift) that get
+# them there: the masked upper half of every field moves up by `shift` bits, until each field is a byte with one code.
+_SPREADS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    2: (torch.int32, ((0xF0, 12), (0x000C000C, 6))),
+    3: (torch.int64, ((0xFFF000, 20), (0x00000FC000000FC0, 10), (0x0038003800380038, 5))),
+    4: (torch.int16, ((0xF0, 4),)),
+}
 
 
-_cached_code_table = lru_cache(maxsize=64)(_code_table)
-
-
-def unpack_codes(packed: Tensor, bits: int, num_codes: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Undo :func:`pack_codes` by table look-up.
+def unpack_codes(packed: Tensor, bits: int, num_codes: int) -> Tensor:
+    """Undo :func:`pack_codes` by arithmetic on whole words, which the CPU's vector units do many at a time.
 
     Args:
         packed: uint8 ``[packed_num_bytes(num_codes, bits)]``.
         bits: 2, 3, 4 or 8.
         num_codes: how many codes were packed.
-        dtype: of the result; a floating dtype saves the caller a conversion.
 
     Returns:
-        ``[num_codes]``.
+        uint8 ``[num_codes]``; for 8 bits ``packed`` itself.
     """
     if bits == 8:
-        return packed.to(dtype)
-    if bits == 3:
-        triples = torch.nn.functional.pad(packed, (0, -packed.numel() % 3)).view(-1, 3).to(torch.int32)
-        low = triples[:, 0] | ((triples[:, 1] & 0xF) << 8)
-        high = (triples[:, 1] >> 4) | (triples[:, 2] << 4)
-        indices = torch.stack((low, high), dim=1).reshape(-1)
-    else:
-        indices = packed.to(torch.int32)
-    # torch.compile warns of lru_cache, and takes the table into its graph anyhow.
-    make_table = _code_table if torch.compiler.is_compiling() else _cached_code_table
-    table = make_table(bits, packed.device, dtype)
-    return table.index_select(0, indices).reshape(-1)[:num_codes]
+        return packed
+    word_dtype, steps = _SPREADS[bits]
+    words = _words_of_three_bytes(packed) if bits == 3 else packed.to(word_dtype)
+    for mask, shift in steps:
+        # x - high + (high << shift), in one multiply-add.
+        words = words.add_(words & mask, alpha=2**shift - 1)
+    return words.view(torch.uint8)[:num_codes]
+
+
+def _words_of_three_bytes(packed: Tensor) -> Tensor:
+    """Each three bytes as one int64, ``[ceil(len(packed) / 3)]``."""
+    padding = -packed.numel() % 3
+    if padding:
+        packed = torch.nn.functional.pad(packed, (0, padding))
+    triples = packed.view(-1, 3)
+    words = torch.zeros(len(triples), dtype=torch.int64, device=packed.device)
+    for byte in range(3):
+        words.add_(triples[:, byte], alpha=2 ** (8 * byte))
+    return words

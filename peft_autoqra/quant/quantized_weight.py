@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.quant.packing import packed_num_bytes, unpack_codes
+from peft_autoqra.quant.decoding import decode_groups
+from peft_autoqra.quant.packing import packed_num_bytes
 
 SUPERBLOCK_GROUPS = 256
 SYMMETRIC_BITS = 8
 MIN_GROUP_SIZE = 8
+HAS_TRITON = find_spec("triton") is not None
+"""CUDA builds of PyTorch bring Triton; without it PyTorch's operations do the same work."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,18 @@ class QuantizedWeight:
 
 
 def decode_scale_codes(scale_codes: Tensor, scale_base: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and offsets of the groups of a 2-4 bit weight, each float32 ``[G]``."""
+    """Scales and offsets of the groups of a 2-4 bit weight, each float32 ``[G]``; scales with 20 significant bits."""
+    num_groups, num_superblocks = scale_codes.shape[1], scale_base.shape[1]
     base = scale_base.view(torch.bfloat16).float()  # [2, S, 2]
-    num_groups = scale_codes.shape[1]
-    block = torch.arange(num_groups, device=scale_codes.device) // SUPERBLOCK_GROUPS
-    minimum, step = base[:, block, 0], base[:, block, 1]
-    scale, offset = (minimum + step * scale_codes.float()).unbind(0)
-    return scale, offset
+    padding = num_superblocks * SUPERBLOCK_GROUPS - num_groups
+    padded = torch.nn.functional.pad(scale_codes, (0, padding)) if padding else scale_codes
+    blocks = padded.view(2, num_superblocks, SUPERBLOCK_GROUPS).float()
+    # A product of 8 by 8 bits is exact in float32, so only the sum rounds, with or without FMA.
+    values = base[..., :1] + base[..., 1:] * blocks
+    scale, offset = values.view(2, -1)[:, :num_groups].unbind(0)
+    # Without its last 4 bits the scale times a code of up to 4 bits is exact too, and ``scale * q + offset`` rounds
+    # once: the weight is the same to the last bit on every device, fused or not, compiled or not.
+    return (scale.view(torch.int32) & ~0xF).view(torch.float32), offset
 
 
 def dequantize(
@@ -115,12 +124,23 @@ def dequantize(
     Returns:
         ``[out_features, in_features]``.
     """
-    num_weights = weight_format.out_features * weight_format.in_features
-    values = unpack_codes(codes, weight_format.bits, num_weights, torch.float32).view(-1, weight_format.group_size)
-    if weight_format.bits == SYMMETRIC_BITS:
+    if runs_triton_kernels(codes):
+        from peft_autoqra.quant import triton_kernels  # noqa: PLC0415 - optional dependency
+
+        return triton_kernels.dequantize(weight_format, codes, scale_codes, scale_base, dtype)
+    scale, offset = group_scales(weight_format.bits, scale_codes, scale_base)
+    dense = decode_groups(codes, scale, offset, weight_format.bits, weight_format.group_size, dtype)
+    return dense.view(weight_format.out_features, weight_format.in_features)
+
+
+def runs_triton_kernels(tensor: Tensor) -> bool:
+    """Whether Triton kernels work on this tensor: on CUDA, eagerly; a user's torch.compile makes its own kernels."""
+    return tensor.is_cuda and HAS_TRITON and not torch.compiler.is_compiling()
+
+
+def group_scales(bits: int, scale_codes: Tensor, scale_base: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and offsets of the groups of a weight of any bits, each float32 ``[G]``."""
+    if bits == SYMMETRIC_BITS:
         scale = scale_base.view(torch.bfloat16).float()
-        offset = -128.0 * scale
-    else:
-        scale, offset = decode_scale_codes(scale_codes, scale_base)
-    dense = torch.addcmul(offset[:, None], values, scale[:, None])
-    return dense.to(dtype).view(weight_format.out_features, weight_format.in_features)
+        return scale, -128.0 * scale
+    return decode_scale_codes(scale_codes, scale_base)

@@ -44,15 +44,6 @@ def test_any_shape_is_read_in_row_major_order(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", NATIVE_BITS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_unpacks_in_the_dtype_asked_for(bits: int, dtype: torch.dtype) -> None:
-    codes = torch.arange(2**bits, dtype=torch.int32).to(torch.uint8)
-    unpacked = unpack_codes(pack_codes(codes, bits), bits, len(codes), dtype)
-    assert unpacked.dtype == dtype
-    assert unpacked.tolist() == list(range(2**bits))
-
-
-@pytest.mark.parametrize("bits", NATIVE_BITS)
 def test_packed_bytes_do_not_share_memory_with_the_codes(bits: int) -> None:
     codes = torch.zeros(24, dtype=torch.uint8)
     packed = pack_codes(codes, bits)
