@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from peft_autoqra.quant.affine import quantize_affine
-from peft_autoqra.quant.compiled_decode import enable_compiled_decode
+from peft_autoqra.quant.compiled_decode import compile_decoding
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.quant.packing import NATIVE_BITS
@@ -242,12 +242,14 @@ def main() -> None:
     """Run all cases and write them down."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two shapes, bf16, at most 512 tokens")
-    parser.add_argument("--compiled", action="store_true", help="decode by torch.compile's kernels on a CPU")
+    parser.add_argument(
+        "--no_compile", action="store_true", help="on a CPU, decode large layers by PyTorch's own operations too"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of each case that is not slow")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/layers-<device>.json")
     arguments = parser.parse_args()
-    enable_compiled_decode(arguments.compiled)
+    compile_decoding(False if arguments.no_compile else None)
     torch.manual_seed(0)
     timings: list[Timing] = []
     footprints: list[Footprint] = []
@@ -267,7 +269,7 @@ def main() -> None:
     output = arguments.output or Path(f"benchmarks/results/layers-{arguments.device.type}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     rows_as_json = {"timings": [asdict(row) for row in timings], "footprints": [asdict(row) for row in footprints]}
-    settings = {"compiled": arguments.compiled, "quick": arguments.quick, "rounds": arguments.rounds}
+    settings = {"no_compile": arguments.no_compile, "quick": arguments.quick, "rounds": arguments.rounds}
     output.write_text(json.dumps(environment(arguments.device) | settings | rows_as_json, indent=1) + "\n")
     print(f"\nwritten to {output}")
 

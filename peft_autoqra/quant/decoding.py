@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_autoqra.quant import compiled_decode
 from peft_autoqra.quant.packing import unpack_codes
 
-CHUNK_WEIGHTS_PER_THREAD = 2**19
-"""Weights that a thread decodes at a time. 2**17 would fit a core's second-level cache and takes about 10% less CPU
-time, but every operation ends with the threads waiting for each other, which on a busy machine costs far more."""
+CHUNK_WEIGHTS_PER_THREAD = 2**18
+"""Weights that a thread decodes at a time: with their intermediate values they stay in a core's cache, and there are
+few enough chunks that threads do not wait for each other much."""
+
+_workspaces = threading.local()
 
 
 def decode_groups(
-    codes: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    temporary: bool = False,
 ) -> Tensor:
     """Weights ``scale * q + offset`` of all groups, in float32 and then rounded once to ``dtype``.
 
@@ -25,29 +36,44 @@ def decode_groups(
         bits: 2, 3, 4 or 8.
         group_size: weights per scale.
         dtype: of the result.
+        temporary: the result is used before anything else is decoded in this thread. On the CPU it then lies in a
+            workspace as large as the largest such weight; fresh memory for each would cost as much as decoding.
 
     Returns:
         ``[G, group_size]``; the same to the last bit whichever way it is computed.
     """
-    # A user's torch.compile fuses the plain operations with what stands around them.
-    if torch.compiler.is_compiling() or codes.device.type != "cpu":
-        return compiled_decode.decode_whole(codes, scale, offset, bits, group_size, dtype)
-    if compiled_decode.is_enabled():
-        return compiled_decode.decode_compiled(codes, scale, offset, bits, group_size, dtype)
-    return _decode_in_chunks(codes, scale, offset, bits, group_size, dtype)
+    shape = (scale.numel(), group_size)
+    # A user's torch.compile fuses the plain operations with what stands around them; a subclass may not be real.
+    if torch.compiler.is_compiling() or codes.device.type != "cpu" or type(codes) not in (Tensor, nn.Parameter):
+        values = unpack_codes(codes, bits, scale.numel() * group_size).view(shape)
+        return (values.float() * scale[:, None] + offset[:, None]).to(dtype)
+    dense = _workspace(shape, dtype) if temporary else torch.empty(shape, dtype=dtype)
+    compiled = compiled_decode.compiles(dense.numel() if temporary else 0) and compiled_decode.decode_compiled(
+        dense, codes, scale, offset, bits, group_size
+    )
+    if not compiled:
+        _decode_in_chunks(dense, codes, scale, offset, bits)
+    return dense
 
 
-def _decode_in_chunks(
-    codes: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    """As :func:`decode_groups`; all steps of one chunk run before it leaves the CPU's cache."""
-    dense = torch.empty(scale.numel(), group_size, dtype=dtype, device=codes.device)
+def _decode_in_chunks(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits: int) -> None:
+    """Fill ``dense``; all steps of one chunk run before it leaves the CPU's cache."""
+    group_size = dense.shape[1]
     # Eight groups end on a whole byte, whatever the bits.
     chunk_groups = max(8, CHUNK_WEIGHTS_PER_THREAD * torch.get_num_threads() // group_size // 8 * 8)
     chunk_bytes = chunk_groups * group_size * bits // 8
-    buffer = torch.empty(min(chunk_groups, scale.numel()), group_size, device=codes.device)
+    buffer = torch.empty(min(chunk_groups, len(dense)), group_size)
     per_group = (tensor.split(chunk_groups) for tensor in (dense, scale[:, None], offset[:, None]))
     for target, chunk_scale, chunk_offset, chunk in zip(*per_group, codes.split(chunk_bytes), strict=True):
         values = unpack_codes(chunk, bits, target.numel()).view(target.shape)
         target.copy_(buffer[: len(target)].copy_(values).mul_(chunk_scale).add_(chunk_offset))
-    return dense
+
+
+def _workspace(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """This thread's buffer, large enough."""
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    buffer = getattr(_workspaces, "buffer", None)
+    if buffer is None or buffer.numel() < num_bytes:
+        with torch.inference_mode(False):  # made there, it could not be written to anywhere else
+            buffer = _workspaces.buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    return buffer[:num_bytes].view(dtype).view(shape)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from peft_autoqra.quant.decoded_linear import DecodedLinear
 
 INT8_MAX = 127
 SCALE_BYTES = 4
@@ -47,27 +46,17 @@ def dequantize_rows(codes: Tensor, scale_bytes: Tensor, dtype: torch.dtype) -> T
     return codes.to(dtype).mul_((scale_bytes.view(torch.float32) * (1.0 / INT8_MAX))[:, None])
 
 
-class _RowwiseLinear(torch.autograd.Function):
-    """``x @ W.T + b`` whose backward decodes W again instead of keeping it dense."""
+class RowwiseInt8:
+    """The format: codes and one scale a row."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, scale_bytes: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, scale_bytes)
-        return torch.nn.functional.linear(x, dequantize_rows(codes, scale_bytes, x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        input_gradient = bias_gradient = None
-        if ctx.needs_input_grad[0]:
-            codes, scale_bytes = ctx.saved_tensors
-            input_gradient = output_gradient @ dequantize_rows(codes, scale_bytes, output_gradient.dtype)
-        if ctx.needs_input_grad[1]:
-            bias_gradient = output_gradient.reshape(-1, output_gradient.shape[-1]).sum(0)
-        return input_gradient, bias_gradient, None, None
+    def decode(self, tensors: tuple[Tensor, ...], dtype: torch.dtype, *, temporary: bool = False) -> Tensor:
+        """The dense weight, ``[out_features, in_features]``; always in memory of its own."""
+        del temporary
+        codes, scale_bytes = tensors
+        return dequantize_rows(codes, scale_bytes, dtype)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(DecodedLinear):
     """Frozen ``y = x W^T + b`` with W in the int8 format of bitsandbytes' ``Linear8bitLt``, quantized at construction.
 
     It computes with the decoded weight on every device, in training and evaluation alike. ``Linear8bitLt`` does so in
@@ -75,9 +64,6 @@ class Int8Linear(nn.Module):
     merged model is another one than was trained. Between its two modes on a CPU outputs differ by 0.8% for normal
     inputs, by 5.5% where one input feature is 40 times as large and no threshold sets it apart (1024 x 1024,
     bitsandbytes 0.50.2). This layer takes as little memory, and has no int8 matrix product and no threshold.
-
-    Codes and scales are frozen parameters and not buffers, which DDP would broadcast at every step. The name ``W_q``
-    makes PEFT treat the layer as it treats HQQ's.
 
     Args:
         linear: the layer to quantize; its bias is taken over.
@@ -91,39 +77,16 @@ class Int8Linear(nn.Module):
     """
 
     bits = 8
-    bias: nn.Parameter | None
+    W_q: nn.Parameter
+    scale_bytes: nn.Parameter
 
     def __init__(self, linear: nn.Linear) -> None:
         """Quantize the weight on the device it is on."""
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.compute_dtype = linear.weight.dtype
         codes, row_max = quantize_rows(linear.weight.detach())
-        self.W_q = nn.Parameter(codes, requires_grad=False)
-        self.scale_bytes = nn.Parameter(row_max.view(torch.uint8), requires_grad=False)
-        self.register_parameter("bias", linear.bias)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight, ``[out_features, in_features]``, in ``dtype`` or the compute dtype."""
-        return dequantize_rows(self.W_q, self.scale_bytes, dtype or self.compute_dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        output: Tensor = _RowwiseLinear.apply(x, bias, self.W_q, self.scale_bytes)  # type: ignore[no-untyped-call]
-        return output
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        """Let the compute dtype follow ``module.to(dtype)``, of which the integer tensors show nothing."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        return self
+        tensors = {"W_q": codes, "scale_bytes": row_max.view(torch.uint8)}
+        super().__init__(RowwiseInt8(), tensors, linear.bias, linear.weight.dtype)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def extra_repr(self) -> str:
         """Sizes and format."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}"
-        )
+        return f"{super().extra_repr()}, bits={self.bits}"

@@ -40,7 +40,7 @@ class NativeBackend:
         with torch.no_grad():
             weight = self._weight(linear, bits, calibration or ModuleCalibration(), name)
         layer = QuantLinear(weight, linear.bias, linear.weight.dtype)
-        layer.moment_digest = None if calibration is None else calibration.digest
+        layer.calibration_digest = None if calibration is None else calibration.digest
         return layer
 
     def check(
@@ -70,7 +70,7 @@ class NativeBackend:
             isinstance(layer, QuantLinear)
             and layer.bits == bits
             and layer.weight_format.group_size == fit_group_size(self.group_size, layer.in_features, name)
-            and layer.moment_digest == (None if calibration is None else calibration.digest)
+            and layer.calibration_digest == (None if calibration is None else calibration.digest)
         )
 
     def num_bytes(self, out_features: int, in_features: int, bits: int, name: str) -> tuple[int, int]:

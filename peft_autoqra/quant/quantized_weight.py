@@ -35,6 +35,11 @@ class WeightFormat:
     out_features: int
     in_features: int
 
+    def decode(self, tensors: tuple[Tensor, ...], dtype: torch.dtype, *, temporary: bool = False) -> Tensor:
+        """The dense weight, ``[out_features, in_features]``; see :func:`dequantize`."""
+        codes, scale_codes, scale_base = tensors
+        return dequantize(self, codes, scale_codes, scale_base, dtype, temporary=temporary)
+
     @property
     def num_groups(self) -> int:
         """Groups of the whole weight, G = N K / group_size."""
@@ -115,11 +120,25 @@ def decode_scale_codes(scale_codes: Tensor, scale_base: Tensor) -> tuple[Tensor,
 
 
 def dequantize(
-    weight_format: WeightFormat, codes: Tensor, scale_codes: Tensor, scale_base: Tensor, dtype: torch.dtype
+    weight_format: WeightFormat,
+    codes: Tensor,
+    scale_codes: Tensor,
+    scale_base: Tensor,
+    dtype: torch.dtype,
+    *,
+    temporary: bool = False,
 ) -> Tensor:
     """Dense weight of the three tensors of a :class:`QuantizedWeight`.
 
     The arithmetic is float32 whatever ``dtype`` is, so that the result in one dtype is the rounded result in another.
+
+    Args:
+        weight_format: bits, group size and shape.
+        codes: as in :class:`QuantizedWeight`, like the next two.
+        scale_codes: likewise.
+        scale_base: likewise.
+        dtype: of the result.
+        temporary: see :func:`decode_groups`.
 
     Returns:
         ``[out_features, in_features]``.
@@ -129,7 +148,15 @@ def dequantize(
 
         return triton_kernels.dequantize(weight_format, codes, scale_codes, scale_base, dtype)
     scale, offset = group_scales(weight_format.bits, scale_codes, scale_base)
-    dense = decode_groups(codes, scale, offset, weight_format.bits, weight_format.group_size, dtype)
+    dense = decode_groups(
+        codes,
+        scale,
+        offset,
+        bits=weight_format.bits,
+        group_size=weight_format.group_size,
+        dtype=dtype,
+        temporary=temporary,
+    )
     return dense.view(weight_format.out_features, weight_format.in_features)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import linear
 
 from peft_autoqra.errors import MissingDependencyError
+from peft_autoqra.plan import QuantizerSettings
 from peft_autoqra.quant import compiled_decode, decoding
 from peft_autoqra.quant.affine import quantize_affine
 from peft_autoqra.quant.backends import NativeBackend
+from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.packing import NATIVE_BITS
 from peft_autoqra.quant.quantized_weight import QuantizedWeight, group_scales
 
@@ -39,6 +43,13 @@ def slow_reference(quantized: QuantizedWeight) -> np.ndarray:
         scale = (scale.view(np.int32) & ~np.int32(15)).view(np.float32)
         weights.append(np.float32(np.float64(scale) * code + np.float64(offset)))
     return np.array(weights, dtype=np.float32).reshape(weight_format.out_features, weight_format.in_features)
+
+
+def make_layer(
+    columns: int, rows: int, bits: int, *, group_size: int = 16, dtype: torch.dtype = torch.float32
+) -> QuantLinear:
+    backend = NativeBackend(QuantizerSettings(group_size=group_size))
+    return backend.quantize(nn.Linear(columns, rows, dtype=dtype), bits, None, "layer")
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,14 +80,14 @@ def test_a_scale_times_a_code_is_exact(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", NATIVE_BITS)
 def test_a_layer_on_the_meta_device_decodes_to_its_shape(bits: int) -> None:
-    layer = NativeBackend(16).quantize(nn.Linear(48, 7), bits, None, "layer").to("meta")
+    layer = make_layer(48, 7, bits).to("meta")
     assert layer.dequantize().shape == (7, 48)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", NATIVE_BITS)
 def test_training_keeps_the_packed_bytes_and_nothing_else(bits: int, dtype: torch.dtype) -> None:
-    layer = NativeBackend(64).quantize(nn.Linear(192, 37, bias=False, dtype=dtype), bits, None, "layer")
+    layer = make_layer(192, 37, bits, group_size=64, dtype=dtype)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -91,10 +102,10 @@ def test_training_keeps_the_packed_bytes_and_nothing_else(bits: int, dtype: torc
 @pytest.fixture
 def compiled() -> Iterator[None]:
     torch._dynamo.reset()
-    compiled_decode._compiled.cache_clear()
-    compiled_decode.enable_compiled_decode()
+    compiled_decode._kernel.cache_clear()
+    compiled_decode.compile_decoding(True)
     yield
-    compiled_decode.enable_compiled_decode(False)
+    compiled_decode.compile_decoding(None)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
@@ -108,22 +119,105 @@ def test_compiled_decoding_stays_within_the_recompile_limit_and_keeps_the_bits(
             for rows, columns in shapes:
                 quantized = quantize_affine(torch.randn(rows, columns), bits=bits, group_size=64)
                 scale, offset = group_scales(bits, quantized.scale_codes, quantized.scale_base)
-                plain = compiled_decode.decode_whole(quantized.codes, scale, offset, bits, 64, dtype)
-                assert torch.equal(quantized.dequantize(dtype), plain.view(rows, columns))
+                dense = torch.empty(rows * columns // 64, 64, dtype=dtype)
+                assert compiled_decode.decode_compiled(dense, quantized.codes, scale, offset, bits, 64)
+                assert torch.equal(quantized.dequantize(dtype), dense.view(rows, columns))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_layers_compute_the_same_with_compiled_decoding(compiled: None) -> None:
+    layer = make_layer(128, 40, 3, group_size=64, dtype=torch.bfloat16)
+    expected = linear(torch.ones(3, 128, dtype=torch.bfloat16), layer.dequantize(), layer.bias)
+    calls, original = [], compiled_decode.decode_compiled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_decode, "decode_compiled", lambda *args: (calls.append(1), original(*args))[1])
+        assert torch.equal(layer(torch.ones(3, 128, dtype=torch.bfloat16)), expected)
+    assert calls
+
+
+def test_large_layers_compile_by_themselves_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_compiler in (True, False):
+        monkeypatch.setattr(compiled_decode, "_has_compiler", lambda has=has_compiler: has)
+        assert compiled_decode.compiles(2**22) == has_compiler
+        assert not compiled_decode.compiles(2**22 - 1)
+    compiled_decode.compile_decoding(False)
+    try:
+        assert not compiled_decode.compiles(2**30)
+    finally:
+        compiled_decode.compile_decoding(None)
+
+
+def test_a_tool_chain_that_fails_costs_a_warning_and_nothing_else(compiled: None, monkeypatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no headers")
+
+    monkeypatch.setattr(compiled_decode, "_kernel", lambda *args: fail)
+    layer, x = make_layer(48, 7, 3), torch.ones(2, 48)
+    with pytest.warns(UserWarning, match=r"cannot be compiled \(RuntimeError: no headers\); it goes on without"):
+        output = layer(x)
+    assert torch.equal(output, linear(x, layer.dequantize(), layer.bias))
+    assert torch.equal(layer(x), output)  # without a second warning
+
+
+class TestWorkspace:
+    """Passes decode into one buffer; nothing of it may be left in a result."""
+
+    def test_results_outlive_the_next_pass(self) -> None:
+        torch.manual_seed(0)
+        layers = [make_layer(64, 48, bits) for bits in NATIVE_BITS]
+        x = torch.randn(5, 64, requires_grad=True)
+        outputs = [layer(x) for layer in layers]
+        for layer, output in zip(layers, outputs, strict=True):
+            assert torch.equal(output, linear(x, layer.dequantize(), layer.bias))
+        sum(output.square().sum() for output in outputs).backward()
+        twin = x.detach().clone().requires_grad_()
+        sum(linear(twin, layer.dequantize(), layer.bias).square().sum() for layer in layers).backward()
+        torch.testing.assert_close(x.grad, twin.grad)
+
+    def test_dequantize_gives_memory_of_its_own(self) -> None:
+        layer = make_layer(64, 48, 3)
+        dense = layer.dequantize()
+        kept = dense.clone()
+        make_layer(64, 48, 2)(torch.ones(1, 64))
+        assert torch.equal(dense, kept)
+
+    def test_training_works_after_generation_in_inference_mode_and_the_other_way(self) -> None:
+        small, large = make_layer(64, 48, 3), make_layer(128, 96, 3)
+        with torch.inference_mode():
+            small(torch.ones(1, 64))
+            large(torch.ones(1, 128))
+        x = torch.ones(1, 128, requires_grad=True)
+        large(x).sum().backward()
+        with torch.inference_mode():
+            assert torch.equal(large(x), large(torch.ones(1, 128)))
+
+    def test_threads_do_not_share_it(self) -> None:
+        torch.manual_seed(0)
+        layers = [make_layer(256, 256, bits) for bits in NATIVE_BITS]
+        x = torch.randn(4, 256)
+        expected = [linear(x, layer.dequantize(), layer.bias) for layer in layers]
+
+        def run(index: int) -> bool:
+            return all(torch.equal(layers[index](x), expected[index]) for _ in range(50))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(run, range(4)))
 
 
 def test_compiled_decoding_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_decode._has_compiler.cache_clear()
+    monkeypatch.setattr(compiled_decode, "_has_compiler", compiled_decode._has_compiler.__wrapped__)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(MissingDependencyError, match="install g\\+\\+"):
-        compiled_decode.enable_compiled_decode()
-    assert not compiled_decode.is_enabled()
+        compiled_decode.compile_decoding(True)
+    assert not compiled_decode.compiles(1)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_a_compiled_model_of_all_bits_is_one_graph() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    layers = [NativeBackend(16).quantize(nn.Linear(48, 48), bits, None, "layer") for bits in NATIVE_BITS]
+    layers = [make_layer(48, 48, bits) for bits in NATIVE_BITS]
     model = nn.Sequential(*layers)
     compiled_model = torch.compile(copy.deepcopy(model), fullgraph=True, backend="inductor")
     for num_tokens in (3, 5, 8, 13):

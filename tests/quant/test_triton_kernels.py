@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from peft_autoqra.plan import QuantizerSettings
 from peft_autoqra.quant.backends import NativeBackend
 from peft_autoqra.quant.packing import NATIVE_BITS
 
@@ -37,7 +38,7 @@ def test_equal_on_the_gpu() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 4, 5])
 @pytest.mark.parametrize("bits", NATIVE_BITS)
 def test_generation_and_training_agree_on_the_gpu(bits: int, num_tokens: int) -> None:
-    layer = NativeBackend(64).quantize(nn.Linear(256, 96).cuda(), bits, None, "layer")
+    layer = NativeBackend(QuantizerSettings(group_size=64)).quantize(nn.Linear(256, 96).cuda(), bits, None, "layer")
     x = torch.randn(num_tokens, 256, device="cuda", requires_grad=True)
     with torch.no_grad():
         served = layer(x)
