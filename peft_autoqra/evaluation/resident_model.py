@@ -90,14 +90,14 @@ class ResidentModel:
             return self._decoded[key]
         original = self._originals[name]
         if quantizer == self._bank.settings.quantizer:
-            dense = self._entry(name, bits).weight.to(original.device).dequantize(original.dtype)
+            target = torch.empty_like(original) if self.materializes else self._buffer(name)
+            dense = self._entry(name, bits).weight.dequantize_into(target)
         else:
             linear = nn.Linear(original.shape[1], original.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(original, requires_grad=False)
             dense = make_backend(quantizer).quantize(linear, bits, None, name).dequantize(original.dtype)
-        if not self.materializes:
-            return self._buffer(name).copy_(dense)
-        self._decoded[key] = dense
+        if self.materializes:
+            self._decoded[key] = dense
         return dense
 
     def _correction(self, name: str, bits: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ def decode_groups(
     bits: int,
     group_size: int,
     dtype: torch.dtype,
-    temporary: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Weights ``scale * q + offset`` of all groups, in float32 and then rounded once to ``dtype``.
 
@@ -36,24 +36,28 @@ def decode_groups(
         bits: 2, 3, 4 or 8.
         group_size: weights per scale.
         dtype: of the result.
-        temporary: the result is used before anything else is decoded in this thread. On the CPU it then lies in a
-            workspace as large as the largest such weight; fresh memory for each would cost as much as decoding.
+        out: where to put the result, contiguous ``[G, group_size]``, on the CPU; from :func:`workspace` for one that
+            is used up before the next, which may be compiled for. None takes fresh memory.
 
     Returns:
         ``[G, group_size]``; the same to the last bit whichever way it is computed.
     """
     shape = (scale.numel(), group_size)
     # A user's torch.compile fuses the plain operations with what stands around them; a subclass may not be real.
-    if torch.compiler.is_compiling() or codes.device.type != "cpu" or type(codes) not in (Tensor, nn.Parameter):
+    if not runs_here(codes):
         values = unpack_codes(codes, bits, scale.numel() * group_size).view(shape)
         return (values.float() * scale[:, None] + offset[:, None]).to(dtype)
-    dense = _workspace(shape, dtype) if temporary else torch.empty(shape, dtype=dtype)
-    compiled = compiled_decode.compiles(dense.numel() if temporary else 0) and compiled_decode.decode_compiled(
-        dense, codes, scale, offset, bits, group_size
-    )
-    if not compiled:
+    dense = torch.empty(shape, dtype=dtype) if out is None else out
+    compile_it = out is not None and compiled_decode.compiles(dense.numel())
+    if not (compile_it and compiled_decode.decode_compiled(dense, codes, scale, offset, bits, group_size)):
         _decode_in_chunks(dense, codes, scale, offset, bits)
     return dense
+
+
+def runs_here(tensor: Tensor) -> bool:
+    """Whether a weight is decoded on the CPU, now, into real memory."""
+    real = type(tensor) in (Tensor, nn.Parameter)
+    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _decode_in_chunks(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits: int) -> None:
@@ -69,8 +73,11 @@ def _decode_in_chunks(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tenso
         target.copy_(buffer[: len(target)].copy_(values).mul_(chunk_scale).add_(chunk_offset))
 
 
-def _workspace(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """This thread's buffer, large enough."""
+def workspace(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """This thread's one buffer on the CPU, ``shape``; as large as the largest that was asked for.
+
+    The next call gives the same memory. Fresh memory for every weight would cost as much as decoding it.
+    """
     num_bytes = shape[0] * shape[1] * dtype.itemsize
     buffer = getattr(_workspaces, "buffer", None)
     if buffer is None or buffer.numel() < num_bytes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.quant.decoding import decode_groups
+from peft_autoqra.quant.decoding import decode_groups, runs_here, workspace
 from peft_autoqra.quant.packing import packed_num_bytes
 
 SUPERBLOCK_GROUPS = 256
@@ -38,7 +38,8 @@ class WeightFormat:
     def decode(self, tensors: tuple[Tensor, ...], dtype: torch.dtype, *, temporary: bool = False) -> Tensor:
         """The dense weight, ``[out_features, in_features]``; see :func:`dequantize`."""
         codes, scale_codes, scale_base = tensors
-        return dequantize(self, codes, scale_codes, scale_base, dtype, temporary=temporary)
+        out = workspace((self.out_features, self.in_features), dtype) if temporary and runs_here(codes) else None
+        return dequantize(self, codes, scale_codes, scale_base, dtype, out=out)
 
     @property
     def num_groups(self) -> int:
@@ -98,6 +99,12 @@ class QuantizedWeight:
         """The dense weight, ``[out_features, in_features]``."""
         return dequantize(self.format, self.codes, self.scale_codes, self.scale_base, dtype)
 
+    def dequantize_into(self, out: Tensor) -> Tensor:
+        """Fill a contiguous ``[out_features, in_features]`` tensor with the dense weight, and return it."""
+        if not runs_here(self.codes) or not runs_here(out):
+            return out.copy_(self.to(out.device).dequantize(out.dtype))
+        return dequantize(self.format, self.codes, self.scale_codes, self.scale_base, out.dtype, out=out)
+
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device; itself where it is there already."""
         tensors = (self.codes, self.scale_codes, self.scale_base)
@@ -126,7 +133,7 @@ def dequantize(
     scale_base: Tensor,
     dtype: torch.dtype,
     *,
-    temporary: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Dense weight of the three tensors of a :class:`QuantizedWeight`.
 
@@ -138,7 +145,7 @@ def dequantize(
         scale_codes: likewise.
         scale_base: likewise.
         dtype: of the result.
-        temporary: see :func:`decode_groups`.
+        out: see :func:`decode_groups`; ``[out_features, in_features]``.
 
     Returns:
         ``[out_features, in_features]``.
@@ -155,7 +162,7 @@ def dequantize(
         bits=weight_format.bits,
         group_size=weight_format.group_size,
         dtype=dtype,
-        temporary=temporary,
+        out=None if out is None else out.view(-1, weight_format.group_size),
     )
     return dense.view(weight_format.out_features, weight_format.in_features)
 
