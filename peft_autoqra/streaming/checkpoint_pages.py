@@ -1,0 +1,60 @@
+"""Giving back the memory of checkpoint pages that were read."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+_MADV_DONTNEED = 4
+_RELEASE_EVERY_BYTES = 2**25
+
+
+class CheckpointPages:
+    """Lets go of the pages of memory-mapped checkpoint files as their weights are quantized.
+
+    safetensors maps whole files, and the mapping lives as long as one embedding or norm of it does; so every page
+    that was read once would count as this process's memory. They are read again from the page cache when needed.
+    Mappings from before this load are left alone: someone may have changed their private copies of pages. Does nothing
+    outside Linux.
+
+    Args:
+        files: the checkpoint's; those that are not mapped do not matter.
+    """
+
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        """Note the mappings that exist already."""
+        self._files = {str(Path(file).resolve()) for file in files}
+        self._earlier = set(self._mappings())
+        self._read_bytes = 0
+
+    def note_read(self, num_bytes: int) -> None:
+        """Release everything each time another 32 MiB were read; looking for the mappings takes about a millisecond.
+
+        Args:
+            num_bytes: of the weight that is not needed any more.
+        """
+        self._read_bytes += num_bytes
+        if self._read_bytes >= _RELEASE_EVERY_BYTES:
+            self.release()
+
+    def release(self) -> None:
+        """Drop the resident pages of the mapped files."""
+        self._read_bytes = 0
+        for start, end in self._mappings():
+            if (start, end) not in self._earlier:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+    def _mappings(self) -> list[tuple[int, int]]:
+        """(start, end) of this process's mappings of the files."""
+        if not sys.platform.startswith("linux") or not self._files:
+            return []
+        ranges = []
+        with Path("/proc/self/maps").open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                fields = line.rstrip("\n").split(maxsplit=5)
+                if len(fields) == 6 and fields[5] in self._files:
+                    start, end = fields[0].split("-")
+                    ranges.append((int(start, 16), int(end, 16)))
+        return ranges
