@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.quant.linear import QuantLinear
@@ -61,11 +61,14 @@ def _empty_weight(weight_format: WeightFormat) -> QuantizedWeight:
     """The tensors that ``quantize_affine`` makes, without values."""
     num_groups = weight_format.num_groups
     if weight_format.bits == SYMMETRIC_BITS:
-        scale_codes, scale_base = (0,), (2 * num_groups,)
-    else:
-        scale_codes, scale_base = (2, num_groups), (2, -(-num_groups // SUPERBLOCK_GROUPS), 4)
-    codes, scale_codes, scale_base = (
-        torch.empty(shape, dtype=torch.uint8, device="meta")
-        for shape in ((weight_format.weight_bytes,), scale_codes, scale_base)
+        return QuantizedWeight(weight_format, _empty(weight_format.weight_bytes), _empty(0), _empty(2 * num_groups))
+    return QuantizedWeight(
+        weight_format,
+        codes=_empty(weight_format.weight_bytes),
+        scale_codes=_empty(2, num_groups),
+        scale_base=_empty(2, -(-num_groups // SUPERBLOCK_GROUPS), 4),
     )
-    return QuantizedWeight(weight_format, codes, scale_codes, scale_base)
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="meta")

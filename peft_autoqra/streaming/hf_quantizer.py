@@ -59,7 +59,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
         """It can be saved; what cannot is refused with its reason by :meth:`get_state_dict_and_metadata`."""
         return True
 
-    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what needs no look at the model.
 
         Raises:
@@ -88,7 +88,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """Whether the parameter is the weight of a layer to quantize."""
-        module_name, _, kind = param_name.rpartition(".")
+        module_name, kind = param_name.rpartition(".")[::2]
         return self._stream is not None and kind == "weight" and self._stream.wants(module_name)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
@@ -118,7 +118,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
             raise self._failure
         if self._stream is not None:
             self.quantization_config = self._stream.finish(model)
-            model.config.quantization_config = self.quantization_config
+            model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
             self._stream = None
         else:
             _check_filled(model)
@@ -141,8 +141,8 @@ class AutoQRAHfQuantizer(HfQuantizer):
         changed = sorted(quantized.keys() ^ self.quantization_config.quantized_modules.keys())
         if changed:
             raise InvalidPlanError(
-                f"The quantized layers are not those that the model was loaded with, see {changed[:3]}; a reload would "
-                "fail. Take adapters off with unload(), and quantize all layers while loading."
+                f"The quantized layers are not those that the model was loaded with, see {changed[:3]}; it could not be "
+                "read again. Take adapters off with unload(), and quantize all layers while loading."
             )
         return None, {}
 

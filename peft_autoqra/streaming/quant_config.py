@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -64,7 +64,7 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
         InvalidPlanError: unsupported bits, arguments that contradict the plan, or a newer format.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- transformers passes every key of config.json
         self,
         plan: BitRankPlan | Mapping[str, Any] | str | Path | None = None,
         *,
@@ -78,7 +78,7 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         autoqra_version: int = FORMAT_VERSION,
         **unknown: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Check everything that needs no model."""
         _check_format(quant_method, autoqra_version, unknown)
         self.quant_method = METHOD
@@ -104,7 +104,7 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
             plan = plan.replace(layers=layers, initialization="zero")
         config = AutoQRAConfig(
             plan=plan,
-            r=1 if plan is None else AutoQRAConfig.r,
+            r=1,
             bits=self.bits,
             bits_pattern=dict(self.bits_pattern),
             group_size=self.group_size,
@@ -186,7 +186,7 @@ def _read_plan(plan: BitRankPlan | Mapping[str, Any] | str | Path | None) -> Bit
             "The plan in this quantization configuration is calibrated, and JSON does not hold its calibration; give "
             "plan=BitRankPlan.from_pretrained(...)."
         )
-    return BitRankPlan.from_metadata(plan, "the quantization configuration")
+    return BitRankPlan.from_metadata(cast("Mapping[str, str]", plan), "the quantization configuration")
 
 
 def _read_module(name: str, module: QuantizedModule | Mapping[str, Any]) -> QuantizedModule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from peft_autoqra.fingerprint import fingerprint_samples, sample_weight
 from peft_autoqra.plan import DENSE_BITS
 from peft_autoqra.quant.backends import layer_bits, make_backend
 from peft_autoqra.quant.linear import QuantLinear
-from peft_autoqra.streaming.checkpoint_pages import CheckpointPages
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig, QuantizedModule
+from peft_autoqra.streaming.released_memory import ReleasedMemory
 from peft_autoqra.tuner.preparation import Target, check_fingerprint, input_moment, resolve_targets
 
 
@@ -41,7 +42,7 @@ class WeightStream:
         self._targets = {target.name: target for target in resolve_targets(model, self._adapter_config)}
         _check_not_tied(model, [name for name in self._targets if self.wants(name)])
         self._samples: dict[str, tuple[tuple[int, ...], Tensor]] = {}
-        self._pages = CheckpointPages(checkpoint_files)
+        self._memory = ReleasedMemory(checkpoint_files)
 
     def wants(self, module_name: str) -> bool:
         """Whether the weight of this module is to be quantized."""
@@ -70,10 +71,9 @@ class WeightStream:
         moment = input_moment(target, self._adapter_config)
         layer = model.get_submodule(module_name)  # its bias may have been read already
         quantized = self._backend.quantize(_dense(layer, weight), target.wanted.bits, moment, module_name)
-        for part in (quantized, quantized.W_q if isinstance(quantized, QuantLinear) else quantized.weight):
-            part._is_hf_initialized = True  # or transformers would initialize it
+        _mark_initialized(quantized)
         model.set_submodule(module_name, quantized.train(layer.training))
-        self._pages.note_read(weight.numel() * weight.element_size())
+        self._memory.note_read(weight.numel() * weight.element_size())
 
     def finish(self, model: nn.Module) -> AutoQRAQuantConfig:
         """Check that nothing was left out.
@@ -85,7 +85,7 @@ class WeightStream:
             InvalidPlanError: the checkpoint held no weight of a module.
             PlanMismatchError: the weights are not those that the plan was made for.
         """
-        self._pages.release()
+        self._memory.release()
         modules = {}
         for name, target in self._targets.items():
             layer = model.get_submodule(name)
@@ -97,7 +97,7 @@ class WeightStream:
                     "get_peft_model(model, AutoQRAConfig(...))."
                 )
             if hasattr(layer, "in_features"):
-                modules[name] = describe(layer)
+                modules[name] = _describe(layer)
         fingerprint = self._fingerprint(model)
         check_fingerprint(fingerprint, self._adapter_config)
         return self._config.loaded(modules, fingerprint)
@@ -112,7 +112,14 @@ class WeightStream:
         return fingerprint_samples((name, shape, sample) for name, (shape, sample) in self._samples.items())
 
 
-def describe(layer: nn.Module) -> QuantizedModule:
+def _mark_initialized(layer: nn.Module) -> None:
+    """Keep transformers from initializing a quantized layer; its bias is marked when it is read."""
+    own: list[Any] = [parameter for name, parameter in layer.named_parameters(recurse=False) if name != "bias"]
+    for part in (*own, layer):
+        part._is_hf_initialized = True
+
+
+def _describe(layer: Any) -> QuantizedModule:
     """What config.json notes about a linear layer, quantized or not."""
     shape = (layer.out_features, layer.in_features)
     if not isinstance(layer, QuantLinear):
@@ -125,7 +132,7 @@ def describe(layer: nn.Module) -> QuantizedModule:
     )
 
 
-def _dense(layer: nn.Module, weight: Tensor) -> nn.Linear:
+def _dense(layer: Any, weight: Tensor) -> nn.Linear:
     """A layer of its own, so that nothing keeps the dense weight once it is quantized."""
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)

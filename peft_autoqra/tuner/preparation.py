@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -17,6 +18,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import _skip_init_on_device
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
@@ -106,7 +108,7 @@ def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> None:
     shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
     if shorthand:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         layers = _base_layers(model).items()
         config.target_modules |= {n for n, m in layers if isinstance(m, QUANTIZED_LAYERS) and m is not head}
 
@@ -235,6 +237,7 @@ def _check_values(target: Target) -> None:
 
 
 def input_moment(target: Target, config: AutoQRAConfig) -> Tensor | None:
+    """What calibration found about the inputs of a layer, ``[in_features]``; None without."""
     moment = config.calibration.input_second_moments.get(target.name) if config.calibration else None
     return None if moment is None else torch.from_numpy(moment)
 
@@ -312,7 +315,7 @@ def _check_fingerprint(
 
 def _recorded_fingerprint(model: nn.Module, names: set[str]) -> str | None:
     """What a base that was quantized while it was loaded notes about its weights."""
-    record = getattr(getattr(model, "config", None), "quantization_config", None)
+    record: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     return record.fingerprint_of(names) if hasattr(record, "fingerprint_of") else None
 
 

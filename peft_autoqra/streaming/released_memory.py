@@ -1,4 +1,4 @@
-"""Giving back the memory of checkpoint pages that were read."""
+"""Giving memory back to the system while a checkpoint is read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ _MADV_DONTNEED = 4
 _RELEASE_EVERY_BYTES = 2**25
 
 
-class CheckpointPages:
-    """Lets go of the pages of memory-mapped checkpoint files as their weights are quantized.
+class ReleasedMemory:
+    """Lets go of what was read and freed, as weights are quantized.
 
     safetensors maps whole files, and the mapping lives as long as one embedding or norm of it does; so every page
     that was read once would count as this process's memory. They are read again from the page cache when needed.
-    Mappings from before this load are left alone: someone may have changed their private copies of pages. Does nothing
-    outside Linux.
+    Mappings from before this load are left alone: someone may have changed their private copies of pages.
+
+    glibc keeps freed weights below 32 MB on its heap, scattered between the small codes that stay; for 214 million
+    weights converted to float32 that came to 280 MB.
+
+    Does nothing outside Linux.
 
     Args:
         files: the checkpoint's; those that are not mapped do not matter.
@@ -30,7 +34,7 @@ class CheckpointPages:
         self._read_bytes = 0
 
     def note_read(self, num_bytes: int) -> None:
-        """Release everything each time another 32 MiB were read; looking for the mappings takes about a millisecond.
+        """Release everything each time another 32 MiB were read; doing so takes milliseconds.
 
         Args:
             num_bytes: of the weight that is not needed any more.
@@ -40,11 +44,16 @@ class CheckpointPages:
             self.release()
 
     def release(self) -> None:
-        """Drop the resident pages of the mapped files."""
+        """Drop the resident pages of the mapped files, and the heap's free pages."""
         self._read_bytes = 0
+        if not sys.platform.startswith("linux"):
+            return
+        libc = ctypes.CDLL(None)
         for start, end in self._mappings():
             if (start, end) not in self._earlier:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+        if hasattr(libc, "malloc_trim"):  # musl has none
+            libc.malloc_trim(ctypes.c_size_t(0))
 
     def _mappings(self) -> list[tuple[int, int]]:
         """(start, end) of this process's mappings of the files."""
