@@ -141,8 +141,8 @@ class AutoQRAHfQuantizer(HfQuantizer):
         changed = sorted(quantized.keys() ^ self.quantization_config.quantized_modules.keys())
         if changed:
             raise InvalidPlanError(
-                f"The quantized layers are not those that the model was loaded with, see {changed[:3]}; it could not be "
-                "read again. Take adapters off with unload(), and quantize all layers while loading."
+                f"The quantized layers are not those that the model was loaded with, see {changed[:3]}; it could "
+                "not be read again. Take adapters off with unload(), and quantize all layers while loading."
             )
         return None, {}
 
