@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -128,7 +128,8 @@ class AutoQRAHfQuantizer(HfQuantizer):
         """Let transformers save the model as it is, after a check that it can be read again.
 
         Raises:
-            InvalidPlanError: NF4 layers, or layers that were quantized or adapted after loading.
+            InvalidPlanError: NF4 layers, layers that were quantized or adapted after loading, or weights that
+                transformers fuses in this architecture's files.
         """
         if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
             return None, {}
@@ -144,6 +145,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
                 f"The quantized layers are not those that the model was loaded with, see {changed[:3]}; it could "
                 "not be read again. Take adapters off with unload(), and quantize all layers while loading."
             )
+        _check_not_fused(model, quantized)
         return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -189,3 +191,18 @@ def _check_filled(model: nn.Module) -> None:
         tensors = layer.parameters(recurse=False) if isinstance(layer, QuantLinear) else ()
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             raise InvalidPlanError(f"The checkpoint lacks tensors of {name!r}; save or download the model again.")
+
+
+def _check_not_fused(model: nn.Module, module_names: Iterable[str]) -> None:
+    """In some architectures several weights are one tensor in the file; codes cannot go in there beside weights."""
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        if not isinstance(conversion, WeightConverter):
+            continue
+        to_file = conversion.reverse_transform()
+        fused = [name for name in module_names if to_file.rename_source_key(f"{name}.weight")[1] is not None]
+        beside = [name for name in model.state_dict() if to_file.rename_source_key(name)[1] is not None]
+        if fused and beside:
+            raise InvalidPlanError(
+                f"The weight of {fused[0]!r} is saved as one tensor with {beside[0]!r}, which is impossible when only "
+                "some of them are quantized; quantize all of them or none, or save the adapter alone."
+            )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _MADV_DONTNEED = 4
-_RELEASE_EVERY_BYTES = 2**25
+_RELEASE_EVERY_BYTES = 2**20
 
 
 class ReleasedMemory:
@@ -34,7 +34,7 @@ class ReleasedMemory:
         self._read_bytes = 0
 
     def note_read(self, num_bytes: int) -> None:
-        """Release everything each time another 32 MiB were read; doing so takes milliseconds.
+        """Release everything each time another MiB was read; doing so takes milliseconds.
 
         Args:
             num_bytes: of the weight that is not needed any more.

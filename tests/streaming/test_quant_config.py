@@ -14,7 +14,10 @@ from tests.conftest import TinyLlamaFactory
 from tests.tuner.synthetic import calibrated_plan, mixed_plan
 
 PLAN = BitRankPlan({"model.layers.0.mlp.down_proj": LayerPlan(3, 0), "model.layers.1.mlp.down_proj": LayerPlan(16, 4)})
-MODULES = {"a": {"bits": 3, "shape": [8, 16], "group_size": 8, "moment_digest": "ab"}, "b": {"bits": 16, "shape": [8, 8]}}
+MODULES = {
+    "a": {"bits": 3, "shape": [8, 16], "group_size": 8, "moment_digest": "ab"},
+    "b": {"bits": 16, "shape": [8, 8]},
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},

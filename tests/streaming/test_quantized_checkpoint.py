@@ -11,6 +11,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAQuantConfig, BitRankPlan
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
@@ -115,6 +116,38 @@ def test_a_plan_beside_a_quantized_checkpoint_is_ignored_with_a_warning(
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         again = load_streaming(folder, AutoQRAQuantConfig(bits=8))
     assert_same_codes(model, again)
+
+
+# ------------------------------------------------------------------------------------------------- fused in the file
+@pytest.fixture
+def fused_base(tmp_path: Path) -> Path:
+    """A model whose query, key, value and gate weights are one tensor in its file."""
+    if "hrm_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not know the architecture")
+    settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16}
+    settings |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("hrm_text", pad_token_id=0, **settings))
+    model.save_pretrained(tmp_path / "base")
+    assert any("gqkv" in name or "qkv" in name for name in load_file(tmp_path / "base" / "model.safetensors"))
+    return tmp_path / "base"
+
+
+def test_fused_weights_are_quantized_apart(fused_base: Path, tmp_path: Path) -> None:
+    expected = adapt(load_dense(fused_base), bits=3, r=1).unload()
+    model = load_streaming(fused_base, AutoQRAQuantConfig(bits=3))
+    assert torch.equal(logits(model), logits(expected))
+    model.save_pretrained(tmp_path / "quantized")
+    assert torch.equal(logits(load_dense(tmp_path / "quantized")), logits(expected))
+
+
+def test_half_quantized_fused_weights_are_not_saved(fused_base: Path, tmp_path: Path) -> None:
+    model = load_streaming(fused_base, AutoQRAQuantConfig(bits=3, bits_pattern={"k_proj": 16}))
+    with pytest.raises(InvalidPlanError, match="one tensor with"):
+        model.save_pretrained(tmp_path / "quantized")
+    with pytest.raises(InvalidPlanError, match="puts together"):  # gate comes first, and decides for all
+        load_streaming(fused_base, AutoQRAQuantConfig(bits=3, bits_pattern={r"self_attn\.gate_proj": 16}))
 
 
 # ------------------------------------------------------------------------------------------------------------- damaged

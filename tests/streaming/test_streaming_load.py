@@ -11,7 +11,14 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
@@ -291,6 +298,15 @@ def test_a_device_map_counts_quantized_bytes(tiny_llama: TinyLlamaFactory, tmp_p
         folder, quantization_config=AutoQRAQuantConfig(bits=3, group_size=32), device_map="cpu"
     )
     assert torch.equal(logits(model), logits(load_streaming(folder, AutoQRAQuantConfig(bits=3, group_size=32))))
+
+
+def test_fused_experts_are_refused(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=128, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    refuse(tmp_path, InvalidPlanError, "experts.gate_up_proj', which would stay unquantized", bits=3)
 
 
 def test_registered_once() -> None:
