@@ -97,6 +97,13 @@ def test_an_adapter_names_it_as_its_base(tiny_llama: TinyLlamaFactory, tmp_path:
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
     assert_same_codes(model, again)
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(by_transformers), logits(model))
+    loaded = load_dense(folder)
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "adapter-again")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter-again")), logits(model))
 
 
 def test_without_its_adapters_a_model_can_be_saved(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
