@@ -16,7 +16,7 @@ class ReleasedMemory:
 
     safetensors maps whole files, and the mapping lives as long as one embedding or norm of it does; so every page
     that was read once would count as this process's memory. They are read again from the page cache when needed.
-    Mappings from before this load are left alone: someone may have changed their private copies of pages.
+    Mappings from before this load are left alone, and those with a page that was changed, as that would be lost.
 
     glibc keeps freed weights below 32 MB on its heap, scattered between the small codes that stay; for 214 million
     weights converted to float32 that came to 280 MB.
@@ -49,21 +49,24 @@ class ReleasedMemory:
         if not sys.platform.startswith("linux"):
             return
         libc = ctypes.CDLL(None)
-        for start, end in self._mappings():
-            if (start, end) not in self._earlier:
+        for (start, end), changed_kilobytes in self._mappings().items():
+            if (start, end) not in self._earlier and not changed_kilobytes:
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
         if hasattr(libc, "malloc_trim"):  # musl has none
             libc.malloc_trim(ctypes.c_size_t(0))
 
-    def _mappings(self) -> list[tuple[int, int]]:
-        """(start, end) of this process's mappings of the files."""
+    def _mappings(self) -> dict[tuple[int, int], int]:
+        """(start, end) of this process's mappings of the files, with their kilobytes of changed pages."""
         if not sys.platform.startswith("linux") or not self._files:
-            return []
-        ranges = []
-        with Path("/proc/self/maps").open(encoding="utf-8", errors="replace") as lines:
+            return {}
+        mappings = {}
+        current: tuple[int, int] | None = None
+        with Path("/proc/self/smaps").open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 fields = line.rstrip("\n").split(maxsplit=5)
-                if len(fields) == 6 and fields[5] in self._files:
-                    start, end = fields[0].split("-")
-                    ranges.append((int(start, 16), int(end, 16)))
-        return ranges
+                if not fields[0].endswith(":"):  # start-end, permissions, offset, device, inode, path
+                    start, end = (int(address, 16) for address in fields[0].split("-"))
+                    current = (start, end) if fields[5:] and fields[5] in self._files else None
+                elif fields[0] == "Anonymous:" and current is not None:
+                    mappings[current] = int(fields[1])
+        return mappings

@@ -17,7 +17,7 @@ def resident_bytes(path: Path) -> int:
     """Of this process's mappings of the file."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split()[0]:
+        if not line.split()[0].endswith(":"):
             inside = line.endswith(str(path))
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1]) * 1024
@@ -29,7 +29,7 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def test_mappings_of_this_load_only(tmp_path: Path) -> None:
+def test_unchanged_mappings_of_this_load_only(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"7" * NUM_BYTES)
     earlier = map_file(path)
@@ -44,6 +44,9 @@ def test_mappings_of_this_load_only(tmp_path: Path) -> None:
     assert resident_bytes(path) <= before - NUM_BYTES
     assert mapped[::4096].count(b"7") == NUM_BYTES // 4096
     assert earlier[:4] == b"mine"
+    mapped[:4] = b"mine"
+    memory.release()
+    assert mapped[:4] == b"mine"
     earlier.close()
     mapped.close()
 
