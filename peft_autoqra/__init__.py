@@ -1,6 +1,7 @@
 """Choose weight bits and LoRA rank of every layer together; fine-tune with PEFT.
 
-Importing this package registers the method with PEFT; do it before an adapter is loaded.
+Importing this package registers the method with PEFT and transformers; do it before an adapter or a quantized model is
+loaded.
 """
 
 from importlib import import_module
@@ -11,6 +12,8 @@ from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.search_space import SearchSpace
+from peft_autoqra.streaming.hf_quantizer import register as register_with_transformers
+from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel
 from peft_autoqra.tuner.registration import register
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoQRAConfig",
+    "AutoQRAQuantConfig",
     "AutoQRASearchConfig",
     "AutoQRASearcher",
     "BaseModelInfo",
@@ -54,3 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 register()
+register_with_transformers()

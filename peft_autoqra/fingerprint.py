@@ -23,10 +23,26 @@ def fingerprint_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     Returns:
         The first 32 hexadecimal digits.
     """
+    return fingerprint_samples((name, tuple(weight.shape), sample_weight(weight)) for name, weight in weights)
+
+
+def sample_weight(weight: Tensor) -> Tensor:
+    """About 256 evenly spaced values, float32 ``[num_samples]`` on the CPU; shares no memory with the weight."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES_PER_WEIGHT)].to(device="cpu", dtype=torch.float32, copy=True)
+
+
+def fingerprint_samples(samples: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
+    """:func:`fingerprint_weights` of what :func:`sample_weight` took of each weight.
+
+    Args:
+        samples: (module name, shape of its weight, sample ``[num_samples]``) in any order.
+
+    Returns:
+        The first 32 hexadecimal digits.
+    """
     digest = hashlib.sha256()
-    for name, weight in sorted(weights, key=lambda item: item[0]):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_WEIGHT)].to(device="cpu", dtype=torch.float32)
-        digest.update(f"{name}:{tuple(weight.shape)}:".encode())
+    for name, shape, sample in sorted(samples, key=lambda item: item[0]):
+        digest.update(f"{name}:{shape}:".encode())
         digest.update(sample.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -166,7 +166,7 @@ def test_python_blocks_run(tiny, tmp_path, monkeypatch):
     """As they stand there, but for a tiny model, tiny data and short runs."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", readme(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     changes = {
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(tiny.model),
         "trl-lib/Capybara": str(tiny.data),

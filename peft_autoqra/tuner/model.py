@@ -13,7 +13,7 @@ from torch import nn
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
 from peft_autoqra.tuner.layer import QuantLoRALinear
-from peft_autoqra.tuner.preparation import quantize_base, replace_layer
+from peft_autoqra.tuner.preparation import include_all_linear_layers, quantize_base, replace_layer
 
 
 class QuantLoRAModel(LoraModel):  # type: ignore[misc]
@@ -37,6 +37,8 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             earlier = [c for c in self.peft_config.values() if c is not peft_config and isinstance(c, AutoQRAConfig)]
             peft_config.plan = quantize_base(model, peft_config, earlier)
             peft_config.base_fingerprint = peft_config.plan.base_model.fingerprint
+        else:
+            include_all_linear_layers(peft_config, model)
 
     def _create_and_replace(
         self,
@@ -73,6 +75,9 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             quantized = [(name, module) for name, module in unloaded.named_modules() if _is_quantized(module)]
             for name, module in quantized:
                 replace_layer(unloaded, name, dense_linear(module))
+            quantizer = getattr(unloaded, "hf_quantizer", None)
+            if quantizer is not None and quantizer.quantization_config.quant_method == "autoqra":
+                quantizer.remove_quantization_config(unloaded)  # else it would be saved as a quantized checkpoint
         return unloaded
 
 

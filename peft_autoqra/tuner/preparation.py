@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
@@ -16,6 +18,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import _skip_init_on_device
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
@@ -30,7 +33,7 @@ _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """A base layer and what it shall become."""
 
     name: str
@@ -67,21 +70,48 @@ def quantize_base(
         PlanMismatchError: module names, shapes or weights are not those the plan was made for.
         InvalidPlanError: a layer cannot be quantized as asked, or is quantized differently already.
     """
-    _maybe_include_all_linear_layers(config, model)
-    targets = _resolve_targets(model, config)
-    for target in targets:
-        _check_target(target, config)
-    check_untied(model, {target.name: layer for target, layer in _to_quantize(targets)})
+    targets = resolve_targets(model, config)
+    for target, _ in to_quantize(targets):
+        _check_values(target)
     _check_no_adapter_would_change(model, targets)
     if config.calibration_digest is not None and config.calibration is None:
         raise InvalidPlanError(
             "The configuration was made with a calibration that it has lost; read it with PeftConfig.from_pretrained, "
             "and change its values in place."
         )
-    fingerprint = _check_fingerprint(targets, config, earlier_configs)
+    fingerprint = _check_fingerprint(model, targets, config, earlier_configs)
     _swap_all(model, targets, config)
     _record_exact_patterns(targets, config)
     return _resolved_plan(targets, config, fingerprint)
+
+
+def resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
+    """Every module that the configuration quantizes, adapts or names, checked; no weight is read.
+
+    Args:
+        model: the base model, on the meta device or not.
+        config: its ``target_modules`` are expanded in place where they are ``"all-linear"``.
+
+    Raises:
+        PlanMismatchError: module names or shapes are not those the plan was made for.
+        InvalidPlanError: a layer cannot be quantized as asked, or is quantized differently already.
+    """
+    include_all_linear_layers(config, model)
+    targets = _resolve_targets(model, config)
+    for target in targets:
+        _check_target(target, config)
+    check_untied(model, {target.name: layer for target, layer in to_quantize(targets)})
+    return targets
+
+
+def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> None:
+    """Expand ``target_modules="all-linear"`` as PEFT does, and to the quantized layers, which PEFT does not know."""
+    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    if shorthand:
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        layers = _base_layers(model).items()
+        config.target_modules |= {n for n, m in layers if isinstance(m, QUANTIZED_LAYERS) and m is not head}
 
 
 def _base_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -98,7 +128,7 @@ def _base_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[_Target]:
+def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
     layers = _base_layers(model)
     if config.plan is not None:
         _check_names(config.plan, layers)
@@ -120,7 +150,7 @@ def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[_Target]:
             default_bits = layer_bits(layer) if quantized and not adapted else config.bits
             bits = default_bits if bits_key is None else config.bits_pattern[bits_key]
             rank = config.r if rank_key is None else config.rank_pattern[rank_key]
-            targets.append(_Target(name, layer, LayerPlan(bits, rank if adapted else 0)))
+            targets.append(Target(name, layer, LayerPlan(bits, rank if adapted else 0)))
     _check_matches(targets, matched, layers, config)
     return targets
 
@@ -138,7 +168,7 @@ def _matching_keys(patterns: Mapping[str, int], layers: Mapping[str, nn.Module])
 
 
 def _check_matches(
-    targets: list[_Target], matched: set[str | None], layers: Mapping[str, nn.Module], config: AutoQRAConfig
+    targets: list[Target], matched: set[str | None], layers: Mapping[str, nn.Module], config: AutoQRAConfig
 ) -> None:
     """Every name and pattern has to match something."""
     wanted = config.target_modules
@@ -174,11 +204,13 @@ def _check_names(plan: BitRankPlan, layers: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _check_target(target: _Target, config: AutoQRAConfig) -> None:
+def _check_target(target: Target, config: AutoQRAConfig) -> None:
     """Everything that could go wrong with one layer."""
     name, layer, wanted = target.name, target.layer, target.wanted
     if isinstance(layer, QUANTIZED_LAYERS):
-        if not make_backend(config.quantizer).could_have_made(layer, wanted.bits, _calibration(target, config), name):
+        if not make_backend(config.quantizer).could_have_made(
+            layer, wanted.bits, module_calibration(target, config), name
+        ):
             raise InvalidPlanError(
                 f"{name!r} is quantized to {layer_bits(layer)} bits already, and not as the new adapter wants: "
                 f"{wanted.bits} bits, {config.quantizer}, {'with' if config.calibration_digest else 'without'} "
@@ -193,13 +225,12 @@ def _check_target(target: _Target, config: AutoQRAConfig) -> None:
             "base model without another quantization."
         )
     elif wanted.bits != DENSE_BITS:
-        make_backend(config.quantizer).check(*target.shape, wanted.bits, _calibration(target, config), name)
-        _check_values(target)
+        make_backend(config.quantizer).check(*target.shape, wanted.bits, module_calibration(target, config), name)
     _check_shape_and_rank(target, config)
     _check_correction(target, config)
 
 
-def _check_values(target: _Target) -> None:
+def _check_values(target: Target) -> None:
     weight = target.weight
     if weight.device.type == "meta":
         raise InvalidPlanError(f"The weight of {target.name!r} is on the meta device; load the model's weights first.")
@@ -207,11 +238,12 @@ def _check_values(target: _Target) -> None:
         raise InvalidPlanError(f"The weight of {target.name!r} holds NaN or infinite values; it cannot be quantized.")
 
 
-def _calibration(target: _Target, config: AutoQRAConfig) -> ModuleCalibration | None:
+def module_calibration(target: Target, config: AutoQRAConfig) -> ModuleCalibration | None:
+    """What calibration found of a layer; None without."""
     return config.calibration.module(target.name) if config.calibration else None
 
 
-def _check_shape_and_rank(target: _Target, config: AutoQRAConfig) -> None:
+def _check_shape_and_rank(target: Target, config: AutoQRAConfig) -> None:
     name, wanted = target.name, target.wanted
     if config.plan is not None and config.plan.shapes.get(name, target.shape) != target.shape:
         raise PlanMismatchError(
@@ -225,7 +257,7 @@ def _check_shape_and_rank(target: _Target, config: AutoQRAConfig) -> None:
         )
 
 
-def _check_correction(target: _Target, config: AutoQRAConfig) -> None:
+def _check_correction(target: Target, config: AutoQRAConfig) -> None:
     name, wanted = target.name, target.wanted
     if config.init_lora_weights != COMPENSATE or not wanted.rank or wanted.bits == DENSE_BITS:
         return
@@ -243,7 +275,7 @@ def _check_correction(target: _Target, config: AutoQRAConfig) -> None:
         )
 
 
-def _check_no_adapter_would_change(model: nn.Module, targets: list[_Target]) -> None:
+def _check_no_adapter_would_change(model: nn.Module, targets: list[Target]) -> None:
     new = [target.name for target in targets if type(target.layer) is nn.Linear and target.wanted.bits != DENSE_BITS]
     if new and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InvalidPlanError(
@@ -253,7 +285,7 @@ def _check_no_adapter_would_change(model: nn.Module, targets: list[_Target]) -> 
 
 
 def _check_fingerprint(
-    targets: list[_Target], config: AutoQRAConfig, earlier_configs: Sequence[AutoQRAConfig]
+    model: nn.Module, targets: list[Target], config: AutoQRAConfig, earlier_configs: Sequence[AutoQRAConfig]
 ) -> str | None:
     """Fingerprint of the base weights; the known one where the base is quantized already."""
     if all(type(target.layer) is nn.Linear for target in targets):
@@ -263,25 +295,41 @@ def _check_fingerprint(
         same_modules = (
             earlier for earlier in earlier_configs if earlier.plan is not None and names == set(earlier.plan)
         )
-        fingerprint = next((earlier.base_fingerprint for earlier in same_modules), config.base_fingerprint)
+        known = _recorded_fingerprint(model, names) or config.base_fingerprint
+        fingerprint = next((earlier.base_fingerprint for earlier in same_modules), known)
+    check_fingerprint(fingerprint, config)
+    return fingerprint
+
+
+def _recorded_fingerprint(model: nn.Module, names: set[str]) -> str | None:
+    """What a base that was quantized while it was loaded notes about its weights."""
+    record: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    return record.fingerprint_of(names) if hasattr(record, "fingerprint_of") else None
+
+
+def check_fingerprint(fingerprint: str | None, config: AutoQRAConfig) -> None:
+    """Refuse base weights that the plan or adapter was not made for.
+
+    Raises:
+        PlanMismatchError: the configuration names another fingerprint.
+    """
     if config.base_fingerprint not in (None, fingerprint):
         raise PlanMismatchError(
             f"The base weights have fingerprint {fingerprint}, the plan or adapter was made for "
             f"{config.base_fingerprint}. Load the same base model and revision in the same dtype; to use it on these "
             "weights all the same, set base_fingerprint=None (plan.replace(base_model=BaseModelInfo()))."
         )
-    return fingerprint
 
 
-def _swap_all(model: nn.Module, targets: list[_Target], config: AutoQRAConfig) -> None:
+def _swap_all(model: nn.Module, targets: list[Target], config: AutoQRAConfig) -> None:
     backend = make_backend(config.quantizer)
     with _skip_init_on_device():
-        for target, layer in _to_quantize(targets):
-            quantized = backend.quantize(layer, target.wanted.bits, _calibration(target, config), target.name)
+        for target, layer in to_quantize(targets):
+            quantized = backend.quantize(layer, target.wanted.bits, module_calibration(target, config), target.name)
             replace_layer(model, target.name, quantized.train(layer.training))
 
 
-def _to_quantize(targets: Iterable[_Target]) -> list[tuple[_Target, nn.Linear]]:
+def to_quantize(targets: Iterable[Target]) -> list[tuple[Target, nn.Linear]]:
     """Lists no layer that is quantized already or stays dense."""
     return [(t, t.layer) for t in targets if type(t.layer) is nn.Linear and t.wanted.bits != DENSE_BITS]
 
@@ -297,7 +345,7 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
         setattr(parent, child_name, layer)
 
 
-def _record_exact_patterns(targets: list[_Target], config: AutoQRAConfig) -> None:
+def _record_exact_patterns(targets: list[Target], config: AutoQRAConfig) -> None:
     """Keep what each module got: PEFT sorts patterns when it saves, which changes what overlapping ones mean."""
     config.bits_pattern = {exact_pattern(target.name): target.wanted.bits for target in targets}
     config.rank_pattern = {
@@ -305,7 +353,7 @@ def _record_exact_patterns(targets: list[_Target], config: AutoQRAConfig) -> Non
     }
 
 
-def _resolved_plan(targets: list[_Target], config: AutoQRAConfig, fingerprint: str | None) -> BitRankPlan:
+def _resolved_plan(targets: list[Target], config: AutoQRAConfig, fingerprint: str | None) -> BitRankPlan:
     layers = {target.name: target.wanted for target in targets}
     shapes = {target.name: target.shape for target in targets if hasattr(target.layer, "in_features")}
     if config.plan is not None:

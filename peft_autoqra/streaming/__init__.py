@@ -1,0 +1,1 @@
+"""Quantizing a model while its checkpoint is read, and reading and writing quantized checkpoints."""

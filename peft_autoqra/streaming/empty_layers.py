@@ -1,0 +1,79 @@
+"""Layers without values, for a quantized checkpoint to fill."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra.quant.decoded_linear import DecodedLinear
+from peft_autoqra.quant.int8 import Int8Linear
+from peft_autoqra.quant.linear import QuantLinear
+from peft_autoqra.quant.quantized_weight import (
+    SUPERBLOCK_GROUPS,
+    SYMMETRIC_BITS,
+    QuantizedWeight,
+    WeightFormat,
+)
+from peft_autoqra.streaming.quant_config import QuantizedModule
+
+
+def put_empty_layers(model: nn.Module, modules: Mapping[str, QuantizedModule]) -> None:
+    """Swap linear layers on the meta device for quantized ones on the meta device.
+
+    Args:
+        model: on the meta device.
+        modules: what config.json notes of the layers below 16 bits.
+
+    Raises:
+        PlanMismatchError: the model has no such linear layer, or one of another shape.
+        InvalidPlanError: config.json describes a format that does not exist.
+    """
+    layers = dict(model.named_modules())
+    for name, module in modules.items():
+        layer = layers.get(name)
+        if type(layer) is not nn.Linear or (layer.out_features, layer.in_features) != module.shape:
+            close = difflib.get_close_matches(name, layers, n=3)
+            raise PlanMismatchError(
+                f"config.json says that {name!r} is a quantized linear layer of shape {module.shape}, the model has "
+                f"{layer!r} there; close names: {close}. Save or download the model again."
+            )
+    for name, module in modules.items():
+        layer = layers[name]
+        empty = _empty_layer(name, module, layer)
+        model.set_submodule(name, empty.train(layer.training))
+
+
+def _empty_layer(name: str, module: QuantizedModule, linear: nn.Linear) -> DecodedLinear:
+    group_size = module.group_size
+    if group_size is None and module.bits == Int8Linear.bits:
+        return Int8Linear(linear)
+    if not isinstance(group_size, int) or group_size < 1 or module.shape[1] % group_size:
+        raise InvalidPlanError(
+            f"config.json gives {name!r} the group size {group_size!r}, which does not divide its "
+            f"{module.shape[1]} inputs; save or download the model again."
+        )
+    weight_format = WeightFormat(module.bits, group_size, *module.shape)
+    layer = QuantLinear(_empty_weight(weight_format), linear.bias, linear.weight.dtype)
+    layer.calibration_digest = module.calibration_digest
+    return layer
+
+
+def _empty_weight(weight_format: WeightFormat) -> QuantizedWeight:
+    """The tensors that ``quantize_affine`` makes, without values."""
+    num_groups = weight_format.num_groups
+    if weight_format.bits == SYMMETRIC_BITS:
+        return QuantizedWeight(weight_format, _empty(weight_format.weight_bytes), _empty(0), _empty(2 * num_groups))
+    return QuantizedWeight(
+        weight_format,
+        codes=_empty(weight_format.weight_bytes),
+        scale_codes=_empty(2, num_groups),
+        scale_base=_empty(2, -(-num_groups // SUPERBLOCK_GROUPS), 4),
+    )
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
