@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peft_autoqra.errors import AutoQRAError
+from peft_autoqra.plan import BACKENDS
 
 
 class RecipeError(AutoQRAError, ValueError):
@@ -82,7 +83,8 @@ class AdapterArguments:
         plan: folder or hub id of a plan.
         bits: of all layers without a plan; 4 by default.
         r: rank of all adapters without a plan; 16 by default.
-        quant_backend: without a plan: ``"native"`` (default), or ``"bitsandbytes"`` for NF4 (4 bits) or int8 (8 bits).
+        quant_backend: without a plan: ``"native"`` (default), ``"gptq"`` (the same by error feedback), or
+            ``"bitsandbytes"`` for NF4 (4 bits) or int8 (8 bits).
         group_size: weights that share a scale, without a plan.
         target_modules: without a plan; None means all linear layers but the head.
         lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank)``; None takes the plan's, else 8.
@@ -99,8 +101,8 @@ class AdapterArguments:
     quant_backend: str | None = field(
         default=None,
         metadata={
-            "help": "Without a plan: native, or bitsandbytes (4 bits: NF4; 8 bits: int8).",
-            "choices": ["native", "bitsandbytes"],
+            "help": "Without a plan: native, gptq, or bitsandbytes (4 bits: NF4; 8 bits: int8).",
+            "choices": list(BACKENDS),
         },
     )
     group_size: int = field(default=64, metadata={"help": "Without a plan: weights that share a scale."})
@@ -126,3 +128,5 @@ class AdapterArguments:
             raise RecipeError(f"The plan already decides {', '.join(given)}; leave them out, or give no plan.")
         if self.num_calibration_sequences < 0:
             raise RecipeError(f"num_calibration_sequences={self.num_calibration_sequences} must be at least 0.")
+        if self.quant_backend == "gptq" and not self.num_calibration_sequences:
+            raise RecipeError("quant_backend gptq needs calibration; raise num_calibration_sequences, or use native.")

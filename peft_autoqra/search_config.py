@@ -21,7 +21,7 @@ class SearchArguments:
         granularity: which modules share a decision: ``"module"``, ``"fused"``, ``"block"`` or ``"layer"``.
         target_modules: names or suffixes of the modules to plan; None means all linear layers but the head.
         group_size: weights that share a quantization scale.
-        quant_backend: ``"native"``, or ``"gptq"``: loses less, but plan and adapter carry the quantized weights.
+        quantizer: ``"native"``, or ``"gptq"``: loses less, but plan and adapter carry the quantized weights.
         num_calibration_sequences: training sequences that importance is measured on.
         num_eval_sequences: held-out sequences that a trial is scored on.
         population_size: of the evolution.
@@ -52,7 +52,7 @@ class SearchArguments:
         default=None, metadata={"help": "Modules to plan; all linear by default."}
     )
     group_size: int = field(default=64, metadata={"help": "Weights that share a quantization scale."})
-    quant_backend: Literal["native", "gptq"] = field(
+    quantizer: Literal["native", "gptq"] = field(
         default="native", metadata={"help": "native, or gptq: loses less, but plans and adapters are larger."}
     )
     num_calibration_sequences: int = field(default=64, metadata={"help": "Training sequences for calibration."})
@@ -86,10 +86,9 @@ class SearchArguments:
             raise InvalidPlanError(f"final_steps={self.final_steps} must be at least short_steps={self.short_steps}.")
         if not any(rank > 0 for rank in self.rank_choices):
             raise InvalidPlanError(f"rank_choices={self.rank_choices} hold no rank above 0; nothing could be trained.")
-        if self.quant_backend not in ("native", "gptq"):
+        if self.quantizer not in ("native", "gptq"):
             raise InvalidPlanError(
-                f"quant_backend={self.quant_backend!r} takes no calibration, which a search needs; use 'native' or "
-                "'gptq'."
+                f"quantizer={self.quantizer!r} takes no calibration, which a search needs; use 'native' or 'gptq'."
             )
         if self.scope not in (None, "training", "stored"):
             raise InvalidPlanError(f"scope={self.scope!r} must be 'training' or 'stored'.")

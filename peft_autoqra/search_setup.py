@@ -81,7 +81,7 @@ class SearchSetup:
         self.space: SearchSpace = build_search_space(
             self.memory_model.modules, cast("Granularity", config.granularity), config.bit_choices, config.rank_choices
         )
-        self.quantizer = QuantizerSettings(backend=config.quant_backend, group_size=config.group_size)
+        self.quantizer = QuantizerSettings(backend=config.quantizer, group_size=config.group_size)
         self.budget: MemoryBudget = resolve_budget(
             config.memory_budget, self.memory_model, cast("MemoryScope | None", config.scope)
         )

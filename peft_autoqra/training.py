@@ -231,7 +231,7 @@ def _uniform_plan(inputs: FineTuneInputs, data: SFTData) -> BitRankPlan:
         target_modules=adapter.target_modules or "all-linear",
         quantizer=quantizer,
     )
-    if quantizer.backend != "native" or bits == DENSE_BITS or not adapter.num_calibration_sequences:
+    if quantizer.backend == "bitsandbytes" or bits == DENSE_BITS or not adapter.num_calibration_sequences:
         return plan
     return calibrate_plan(plan, inputs.model, data.batches(data.train, adapter.num_calibration_sequences))
 

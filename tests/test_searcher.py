@@ -232,7 +232,7 @@ def test_searches_with_other_choices_share_a_cache(make_searcher):
 
 
 def test_a_search_with_error_feedback_gives_a_plan_that_carries_its_codes(make_searcher, tiny_llama):
-    searcher = make_searcher("gptq", quant_backend="gptq", bit_choices=[3, 4])
+    searcher = make_searcher("gptq", quantizer="gptq", bit_choices=[3, 4])
     plan = searcher.run().plan
     assert plan.quantizer.backend == "gptq"
     bank = searcher.setup.calibration_bank(Path(searcher.config.cache_dir), show_progress=False)

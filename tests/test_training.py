@@ -67,6 +67,7 @@ def make_finetune(tiny_llama, tmp_path):
     [
         {"bits": 3, "r": 4},
         {"bits": 2, "r": 4, "num_calibration_sequences": 0},
+        {"bits": 3, "r": 4, "quant_backend": "gptq"},
         {"bits": 16, "r": 2},
         {"quant_backend": "bitsandbytes", "r": 4},
         {"quant_backend": "bitsandbytes", "bits": 8, "r": 4},
@@ -165,6 +166,8 @@ def test_bad_settings_are_refused(make_finetune):
         make_finetune(bits=5)
     with pytest.raises(RecipeError, match="at least 0"):
         make_finetune(num_calibration_sequences=-1)
+    with pytest.raises(RecipeError, match="gptq needs calibration"):
+        make_finetune(num_calibration_sequences=0, quant_backend="gptq")
     with pytest.raises(CalibrationError, match="empty"):
         make_finetune(train=Dataset.from_dict({"input_ids": []}))
 
