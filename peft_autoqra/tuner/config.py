@@ -40,8 +40,8 @@ class AutoQRAConfig(LoraConfig):
             ``bits``. A module that matches but is not targeted is quantized without an adapter. Applying the
             configuration writes the exact names here and into ``rank_pattern``.
         group_size: weights that share a scale; halved per module until it divides the input size.
-        quant_backend: ``"native"``; ``"gptq"`` for the same format by error feedback, which takes a calibrated plan; or
-            ``"bitsandbytes"`` for NF4 with double quantization (4 bits) and row-wise int8 (8 bits).
+        quant_backend: ``"native"``; ``"gptq"`` for the same format by error feedback, which takes a calibrated plan;
+            or ``"bitsandbytes"`` for NF4 with double quantization (4 bits) and row-wise int8 (8 bits).
         init_lora_weights: None takes the plan's initialization; ``"compensate"`` starts the adapter at the calibrated
             correction of the quantization error (needs a calibrated plan); ``True`` starts at zero as plain LoRA does.
         lora_alpha: None takes the value that the plan was searched with, else 8.
