@@ -229,7 +229,9 @@ def environment(device: torch.device) -> dict[str, str | int]:
     """What the figures depend on."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bitsandbytes": bnb.__version__,

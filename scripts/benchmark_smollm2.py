@@ -52,7 +52,7 @@ def main() -> None:
         losses = bench.losses(train, texts, Path(cache))
         switching = bench.switching(train, Path(cache))
     report = {
-        "device": platform.processor() or platform.machine(),
+        "device": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "versions": {
             name: version(name) for name in ("peft-autoqra", "torch", "transformers", "peft", "bitsandbytes")
