@@ -150,18 +150,22 @@ class Benchmark:
         model = self.load()
         result: list[tuple[str, BitRankPlan | None, int | None]] = [
             ("16 bits", None, None),
-            ("NF4, zero start", uniform_plan(model, 4, RANK, NF4), None),
-            ("bitsandbytes int8, zero start", uniform_plan(model, 8, RANK, NF4), None),
+            ("NF4, zero start", uniform_plan(model, 4, RANK, quantizer=NF4), None),
+            ("bitsandbytes int8, zero start", uniform_plan(model, 8, RANK, quantizer=NF4), None),
         ]
         backends = ("native",) if self.options.quick else ("native", "gptq")
         for bits in (3,) if self.options.quick else (2, 3, 4, 8):
             plans = {name: QuantizerSettings(backend=name) for name in backends}  # type: ignore[arg-type]
             result.append((f"{bits} bits, no data, zero start", uniform_plan(model, bits, RANK), None))
             for name, quantizer in plans.items():
-                result.append((f"{bits} bits, {name}, no adapter", uniform_plan(model, bits, 0, quantizer), 0))
-                result.append((f"{bits} bits, {name}, r={RANK}", uniform_plan(model, bits, RANK, quantizer), 0))
+                result.append(
+                    (f"{bits} bits, {name}, no adapter", uniform_plan(model, bits, 0, quantizer=quantizer), 0)
+                )
+                result.append(
+                    (f"{bits} bits, {name}, r={RANK}", uniform_plan(model, bits, RANK, quantizer=quantizer), 0)
+                )
             if bits < 4 and not self.options.quick:
-                best = uniform_plan(model, bits, RANK, plans["gptq"])
+                best = uniform_plan(model, bits, RANK, quantizer=plans["gptq"])
                 result.append((f"{bits} bits, gptq, r={RANK}, alternated", best, 3))
         return result
 

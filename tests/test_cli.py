@@ -15,7 +15,7 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 
 from peft_autoqra import BitRankPlan, cli
-from peft_autoqra.commands import parser, search, train
+from peft_autoqra.commands import parser, search, searcher_recipe, train
 from peft_autoqra.importance import calibration_bank
 from peft_autoqra.importance.error_table import ErrorTable
 from tests.tiny_folder import SEARCH_FLAGS, TinyFolder, make_tiny_folder
@@ -104,11 +104,11 @@ class TestRecipe:
             def stop(data, seed):
                 raise KeyboardInterrupt
 
-            original = search.RecipeParser.parse
+            original = searcher_recipe.RecipeParser.parse
             monkeypatch.setattr(
-                search.RecipeParser, "parse", lambda self, argv: seen.setdefault("recipe", original(self, argv))
+                searcher_recipe.RecipeParser, "parse", lambda self, argv: seen.setdefault("recipe", original(self, argv))
             )
-            monkeypatch.setattr(search, "load_datasets", stop)
+            monkeypatch.setattr(searcher_recipe, "load_datasets", stop)
             status = cli.main(["search", "--config", str(path), *flags])
             assert status == cli.EXIT_INTERRUPTED
             return seen["recipe"]

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from trl import SFTConfig
-
-from peft_autoqra.commands.parser import RecipeParser
+from peft_autoqra.commands.searcher_recipe import read_searcher
 from peft_autoqra.commands.tables import text_table
 from peft_autoqra.importance.error_table import ErrorTable
-from peft_autoqra.recipe import DataArguments, ModelArguments
-from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
-from peft_autoqra.search_config import AutoQRASearchConfig, SearchArguments
 from peft_autoqra.searcher import AutoQRASearcher
 from peft_autoqra.units import format_bytes
 
@@ -30,22 +24,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         AutoQRAError: settings, data, model or output directory cannot be used.
     """
-    parser = RecipeParser(
-        "calibrate",
-        (ModelArguments, DataArguments, SearchArguments, SFTConfig),
-        description=DESCRIPTION,
-        output_dir="search-out",
-    )
-    model_args, data_args, search_args, args, options = parser.parse(argv).settings
-    train_dataset, eval_dataset = load_datasets(data_args, args.seed)
-    searcher = AutoQRASearcher(
-        load_base_model(model_args, args),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        args=args,
-        search_config=AutoQRASearchConfig(**asdict(search_args), seed=args.seed, output_dir=args.output_dir),
-        processing_class=load_processing_class(model_args, args),
-    )
+    searcher, _, options = read_searcher("calibrate", DESCRIPTION, argv)
     if options.dry_run:
         print(_forecast(searcher))  # noqa: T201
         return 0

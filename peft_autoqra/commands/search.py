@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from trl import SFTConfig
-
-from peft_autoqra.commands.parser import RECIPE_FILE, RecipeParser
+from peft_autoqra.commands.parser import RECIPE_FILE
+from peft_autoqra.commands.searcher_recipe import read_searcher
 from peft_autoqra.commands.tables import memory_table, text_table
-from peft_autoqra.recipe import DataArguments, ModelArguments
-from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
 from peft_autoqra.report import write_report
-from peft_autoqra.search_config import AutoQRASearchConfig, SearchArguments
 from peft_autoqra.search_result import PLAN_FOLDER, SearchResult, paired_difference
-from peft_autoqra.searcher import AutoQRASearcher, SearchEstimate
+from peft_autoqra.searcher import SearchEstimate
 from peft_autoqra.trial import Trial
 from peft_autoqra.units import format_bytes, format_seconds
 
@@ -29,23 +24,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         AutoQRAError: settings, data, model or output directory cannot be used.
     """
-    parser = RecipeParser(
-        "search",
-        (ModelArguments, DataArguments, SearchArguments, SFTConfig),
-        description=DESCRIPTION,
-        output_dir="search-out",
-    )
-    recipe = parser.parse(argv)
-    model_args, data_args, search_args, args, options = recipe.settings
-    train_dataset, eval_dataset = load_datasets(data_args, args.seed)
-    searcher = AutoQRASearcher(
-        load_base_model(model_args, args),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        args=args,
-        search_config=AutoQRASearchConfig(**asdict(search_args), seed=args.seed, output_dir=args.output_dir),
-        processing_class=load_processing_class(model_args, args),
-    )
+    searcher, recipe, options = read_searcher("search", DESCRIPTION, argv)
     if options.dry_run:
         print(estimate_text(searcher.estimate()))  # noqa: T201
         return 0
