@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from peft_autoqra import BitRankPlan, LayerPlan, cli
-from peft_autoqra.commands import search, train
+from peft_autoqra.commands import searcher_recipe, train
 from tests.tiny_folder import TinyFolder, make_tiny_folder
 
 REPOSITORY = Path(__file__).parent.parent
@@ -107,7 +107,7 @@ def test_recipe_is_understood_by_search_and_train(monkeypatch, tmp_path):
     def stop(data, seed):
         raise KeyboardInterrupt
 
-    for module in (search, train):
+    for module in (searcher_recipe, train):
         monkeypatch.setattr(module, "load_datasets", stop)
     recipe = str(EXAMPLES / "recipe.yaml")
     assert cli.main(["search", "--config", recipe]) == cli.EXIT_INTERRUPTED
