@@ -23,9 +23,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_autoqra import AutoQRAConfig, BitRankPlan, LayerPlan, QuantizerSettings, calibrate_plan, uniform_plan
+from peft_autoqra import (
+    AutoQRAConfig,
+    AutoQRAQuantConfig,
+    BitRankPlan,
+    LayerPlan,
+    QuantizerSettings,
+    calibrate_plan,
+    uniform_plan,
+)
 from peft_autoqra.evaluation.held_out import held_out_loss
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.importance.calibration_bank import BankSettings, CalibrationBank, build_calibration_bank
@@ -110,9 +118,13 @@ class Benchmark:
         self.model_id, self.options = model_id, options
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_id)
 
-    def load(self) -> PreTrainedModel:
-        """The unquantized model."""
-        return AutoModelForCausalLM.from_pretrained(self.model_id, dtype=torch.bfloat16)
+    def load(self, plan: BitRankPlan | None = None) -> torch.nn.Module:
+        """The unquantized model, or one with a plan's quantized layers and adapters."""
+        config = None if plan is None else AutoQRAQuantConfig(plan=plan)
+        base = AutoModelForCausalLM.from_pretrained(self.model_id, dtype=torch.bfloat16, quantization_config=config)
+        if plan is None or not any(layer.rank for layer in plan.values()):
+            return base
+        return get_peft_model(base, AutoQRAConfig(plan=plan))
 
     def batches(self, texts: list[str], batch_size: int = 8) -> Batches:
         """Tokenized and padded, with labels."""
@@ -138,7 +150,7 @@ class Benchmark:
             if plan is not None and plan.quantizer.backend != "bitsandbytes" and alternations is not None:
                 plan = calibrate_plan(plan, self.load(), train, alternations=alternations, cache_dir=cache)
             seconds = time.perf_counter() - start
-            model = self.load() if plan is None else get_peft_model(self.load(), AutoQRAConfig(plan=plan))
+            model = self.load(plan)
             row = {"name": name, "calibration_seconds": round(seconds, 1)}
             row |= {f"loss_{key}": held_out_loss(model, batches).mean for key, batches in texts.items()}
             rows.append(row)

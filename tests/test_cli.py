@@ -106,7 +106,9 @@ class TestRecipe:
 
             original = searcher_recipe.RecipeParser.parse
             monkeypatch.setattr(
-                searcher_recipe.RecipeParser, "parse", lambda self, argv: seen.setdefault("recipe", original(self, argv))
+                searcher_recipe.RecipeParser,
+                "parse",
+                lambda self, argv: seen.setdefault("recipe", original(self, argv)),
             )
             monkeypatch.setattr(searcher_recipe, "load_datasets", stop)
             status = cli.main(["search", "--config", str(path), *flags])

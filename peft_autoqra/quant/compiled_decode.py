@@ -17,6 +17,9 @@ from peft_autoqra.quant.packing import unpack_codes
 LARGE_WEIGHT = 2**22
 """Weights of a layer from which compiling pays by itself: some seconds once, then less than half the time per pass."""
 
+_WEIGHTS_AT_ONCE = 2**23
+"""The kernel's words of unpacked codes are fresh memory: 16 MB, which the system hands out quickly."""
+
 _COMPILERS = ("g++", "clang++", "c++", "cl")
 _wanted: bool | None = None
 
@@ -55,8 +58,16 @@ def decode_into(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bit
 
 def decode_compiled(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int) -> bool:
     """As :func:`decode_into`, by a compiled kernel; False, once with a warning, where it cannot be compiled."""
+    num_groups = _WEIGHTS_AT_ONCE // group_size
+    chunks = zip(
+        *(tensor.split(num_groups) for tensor in (dense, scale, offset)),
+        codes.split(num_groups * group_size * bits // 8),
+        strict=True,
+    )
     try:
-        _kernel(bits, group_size, dense.dtype)(dense, codes, scale, offset, bits, group_size)
+        kernel = _kernel(bits, group_size, dense.dtype)
+        for target, chunk_scale, chunk_offset, chunk in chunks:
+            kernel(target, chunk, chunk_scale, chunk_offset, bits, group_size)
     except Exception as error:  # whatever a tool chain can do wrong must not stop a training that works without it
         warnings.warn(
             f"Decoding cannot be compiled ({type(error).__name__}: {str(error).splitlines()[0]}); it goes on without. "

@@ -125,7 +125,8 @@ def test_compiled_decoding_stays_within_the_recompile_limit_and_keeps_the_bits(
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
-def test_layers_compute_the_same_with_compiled_decoding(compiled: None) -> None:
+def test_layers_compute_the_same_with_compiled_decoding(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_decode, "_WEIGHTS_AT_ONCE", 8 * 64)  # in ten parts
     layer = make_layer(128, 40, 3, group_size=64, dtype=torch.bfloat16)
     expected = linear(torch.ones(3, 128, dtype=torch.bfloat16), layer.dequantize(), layer.bias)
     calls, original = [], compiled_decode.decode_compiled
