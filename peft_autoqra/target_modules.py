@@ -36,6 +36,11 @@ def linear_targets(model: nn.Module, target_modules: str | Iterable[str] = "all-
                 "target_modules, or load the model without quantization or adapters."
             )
         targets[name] = module
+    if not targets and getattr(model, "is_quantized", False):
+        raise InvalidPlanError(
+            "The model is quantized already, so there is nothing left to plan. Give the unquantized model; to train a "
+            "quantized base, call get_peft_model on it in Python."
+        )
     if not targets:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         raise InvalidPlanError(f"target_modules={target_modules!r} matches no linear layer; there are {names[-4:]}.")

@@ -62,9 +62,7 @@ def main() -> None:
     report = {
         "device": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        "versions": {
-            name: version(name) for name in ("peft-autoqra", "torch", "transformers", "peft", "bitsandbytes")
-        },
+        "versions": {name: version(name) for name in PACKAGES},
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "settings": {key: str(value) for key, value in vars(options).items()},
         "losses": losses,

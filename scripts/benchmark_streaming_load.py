@@ -8,6 +8,7 @@ anonymous memory (RssAnon). The total of both is compared; ru_maxrss, the kernel
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import platform
@@ -173,6 +174,7 @@ def main() -> None:
         "num_shards": shards,
         "bits": args.bits,
         "device": f"CPU, {platform.machine()}, 1 thread",
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
         "comparisons": comparisons,
     }

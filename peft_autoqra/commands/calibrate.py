@@ -55,10 +55,13 @@ def _forecast(searcher: AutoQRASearcher) -> str:
     setup = searcher.setup
     tokens = sum(batch["input_ids"].numel() for batch in setup.calibration_batches)
     bank, statistics = setup.calibration_bytes()
+    shape = setup.model.config.get_text_config()
+    activations = (shape.num_hidden_layers + 1) * tokens * shape.hidden_size * setup.model.dtype.itemsize
     return (
         f"{len(setup.linears)} modules, {tokens:,} tokens of {setup.config.num_calibration_sequences} sequences at "
         f"most. Kept in {searcher.cache_dir}: at most {format_bytes(statistics)} of statistics and "
-        f"{format_bytes(bank)} of quantized layers and adapters."
+        f"{format_bytes(bank)} of quantized layers and adapters. While it runs, {format_bytes(activations)} of "
+        "activations beside that."
     )
 
 

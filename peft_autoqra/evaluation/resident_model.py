@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from peft_autoqra.importance.bank_store import BankEntry
+from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.quant.backends import make_backend
@@ -81,6 +81,10 @@ class ResidentModel:
         if not layer.rank:
             return dense
         left, right = self._correction(name, layer.bits)
+        if layer.rank > len(right):
+            raise InvalidPlanError(
+                f"Rank {layer.rank} of {name!r} is above the calibrated {len(right)}; calibrate higher."
+            )
         return torch.addmm(dense, left[:, : layer.rank], right[: layer.rank], out=self._buffer(name))
 
     def _dense(self, name: str, bits: int, quantizer: QuantizerSettings) -> Tensor:
@@ -91,7 +95,7 @@ class ResidentModel:
         original = self._originals[name]
         if quantizer == self._bank.settings.quantizer:
             target = torch.empty_like(original) if self.materializes else self._buffer(name)
-            dense = self._entry(name, bits).weight.dequantize_into(target)
+            dense = self._bank.entry(name, bits).weight.dequantize_into(target)
         else:
             linear = nn.Linear(original.shape[1], original.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(original, requires_grad=False)
@@ -103,13 +107,10 @@ class ResidentModel:
     def _correction(self, name: str, bits: int) -> tuple[Tensor, Tensor]:
         """Factors of the initial adapter at the largest rank, in dtype and on the device of the weight."""
         if (name, bits) not in self._factors:
-            original, correction = self._originals[name], self._entry(name, bits).correction
+            original, correction = self._originals[name], self._bank.entry(name, bits).correction
             left, right = (torch.from_numpy(side).to(original) for side in (correction.left, correction.right))
             self._factors[name, bits] = (left, right)
         return self._factors[name, bits]
-
-    def _entry(self, name: str, bits: int) -> BankEntry:
-        return self._bank.entries[name, bits]
 
     def _buffer(self, name: str) -> Tensor:
         """The one place for a weight of this module that is not kept."""

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from peft_autoqra.errors import CalibrationError
+from peft_autoqra.errors import CalibrationError, InvalidPlanError
 from peft_autoqra.evaluation.held_out import HeldOutLoss, held_out_loss, predicts_something
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.importance.calibration import flags_kept
@@ -42,6 +42,7 @@ class SFTData:
             one by one.
 
     Raises:
+        InvalidPlanError: the model is quantized already.
         CalibrationError: packing, or data that is of another kind, empty, without the columns that SFTTrainer takes,
             or without a token to predict.
     """
@@ -60,6 +61,11 @@ class SFTData:
         if not allow_packing and (args.packing or args.eval_packing or args.padding_free):
             raise CalibrationError(
                 "Packing is not supported by the search; set packing: false, and no eval_packing or padding_free."
+            )
+        if getattr(model, "is_quantized", False):
+            raise InvalidPlanError(
+                "The base model is quantized already; give the unquantized one. In Python a quantized base can be "
+                "trained with get_peft_model and SFTTrainer."
             )
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         for name, dataset in datasets.items():

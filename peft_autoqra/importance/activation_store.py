@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from peft_autoqra.errors import CalibrationError
+from peft_autoqra.importance.whole_file import write_tensors
 
 
 class ActivationStore:
@@ -28,17 +30,25 @@ class ActivationStore:
         if self._directory is None:
             self._lists[name] = on_cpu
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        partial = self._path(name).with_suffix(".partial")
-        save_file({f"{index:08d}": tensor.contiguous() for index, tensor in enumerate(on_cpu)}, partial)
-        partial.replace(self._path(name))
+        write_tensors(self._path(name), {f"{index:08d}": tensor.contiguous() for index, tensor in enumerate(on_cpu)})
 
     def get(self, name: str) -> list[Tensor]:
-        """The tensors of a name; those on disk are mapped and read when they are used."""
+        """The tensors of a name; those on disk are mapped and read when they are used.
+
+        Raises:
+            CalibrationError: the file is missing or damaged; then everything is forgotten.
+        """
         if self._directory is None:
             return self._lists[name]
-        with safe_open(self._path(name), framework="pt") as file:
-            return [file.get_tensor(key) for key in sorted(file.keys())]
+        try:
+            with safe_open(self._path(name), framework="pt") as file:
+                return [file.get_tensor(key) for key in sorted(file.keys())]
+        except (OSError, SafetensorError) as error:
+            self.clear()
+            raise CalibrationError(
+                f"{self._path(name)} is damaged ({error}). The unfinished calibration beside it was given up; run the "
+                "same again."
+            ) from error
 
     def __contains__(self, name: str) -> bool:
         """Whether a list is kept under this name."""

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_autoqra.importance.whole_file import write_tensors
 from peft_autoqra.plan_calibration import Correction, StoredCodes
 from peft_autoqra.quant.quantized_weight import QuantizedWeight, WeightFormat
 
@@ -61,9 +61,6 @@ class BankStore:
         if self._directory is None:
             self._entries[name, bits] = entry
             return
-        path = self._path(name, bits)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         weight, correction = entry.weight, entry.correction
         tensors: dict[str, Tensor] = {
             "codes": weight.codes,
@@ -74,8 +71,8 @@ class BankStore:
             "rises": torch.from_numpy(entry.rises),
             "input_second_moment": torch.from_numpy(entry.input_second_moment),
         }
-        save_file(tensors, partial, metadata={_HEADER: json.dumps(asdict(weight.format))})
-        partial.replace(path)
+        header = json.dumps({"module": name, "format": asdict(weight.format)})
+        write_tensors(self._path(name, bits), tensors, {_HEADER: header})
 
     def get(self, name: str, bits: int) -> BankEntry | None:
         """An entry, its tensors mapped from the file; None where there is none or a damaged one."""
@@ -83,7 +80,10 @@ class BankStore:
             return self._entries.get((name, bits))
         try:
             with safe_open(self._path(name, bits), framework="pt") as file:
-                weight_format = WeightFormat(**json.loads((file.metadata() or {})[_HEADER]))
+                header = json.loads((file.metadata() or {})[_HEADER])
+                weight_format = WeightFormat(**header["format"])
+                if (header["module"], weight_format.bits) != (name, bits):
+                    return None
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return BankEntry(
                 QuantizedWeight(weight_format, tensors["codes"], tensors["scale_codes"], tensors["scale_base"]),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.importance.activation_store import ActivationStore
-from peft_autoqra.importance.block_chain import BlockCall, BlockChain
+from peft_autoqra.importance.block_chain import BlockCall, BlockChain, forward_replaced
 from peft_autoqra.importance.calibration_batch import CalibrationBatch
 from peft_autoqra.importance.recorder import StatisticsRecorder
 from peft_autoqra.importance.statistics import StatisticsStore
@@ -21,7 +23,8 @@ class BlockCalibration:
     """Passes a chain of blocks forward and back.
 
     What lies between the blocks is kept: ``hidden.i`` is what block i reads, ``gradient.i`` the loss's gradient with
-    respect to it. With a directory that is on disk, and a calibration that was stopped goes on from there.
+    respect to it. With a directory that is on disk, and a calibration that was stopped goes on from there. What blocks
+    are called with beside it (masks, position embeddings) stays in memory.
 
     Args:
         chain: the model.
@@ -93,16 +96,15 @@ class BlockCalibration:
     def _forward(self, index: int, calls: list[list[BlockCall]]) -> None:
         if f"hidden.{index + 1}" in self._activations:
             return
-        outputs = []
-        for batch, hidden, batch_calls in zip(
-            self._batches, self._activations.get(f"hidden.{index}"), calls, strict=True
-        ):
-            x, call = hidden.to(batch.device), batch_calls[index]
-            with torch.no_grad():
-                output = call.run(self._chain.blocks[index], x)
+        block, outputs = self._chain.blocks[index], []
+        stored = zip(self._batches, self._activations.get(f"hidden.{index}"), calls, strict=True)
+        with torch.no_grad(), _read_once(block):
+            for batch, hidden, batch_calls in stored:
+                x, call = hidden.to(batch.device), batch_calls[index]
+                output = call.run(block, x)
                 if not torch.isfinite(output.sum(dtype=torch.float32)):
                     self._name_the_culprit(index, batch, x, call)
-            outputs.append(output)
+                outputs.append(output.to("cpu"))
         self._activations.put(f"hidden.{index + 1}", outputs)
 
     def _name_the_culprit(self, index: int, batch: CalibrationBatch, x: Tensor, call: BlockCall) -> None:
@@ -133,12 +135,12 @@ class BlockCalibration:
         stored = zip(
             self._activations.get(f"hidden.{index}"), self._activations.get(f"gradient.{index + 1}"), strict=True
         )
-        gradients = []
-        with recorder.attached():
+        block, gradients = self._chain.blocks[index], []
+        with recorder.attached(), _read_once(block):
             for batch, (hidden, gradient), batch_calls in zip(self._batches, stored, calls, strict=True):
                 recorder.start_batch(batch.mask)
                 x = hidden.to(batch.device).detach().requires_grad_()
-                output = batch_calls[index].run(self._chain.blocks[index], x)
+                output = batch_calls[index].run(block, x)
                 output.backward(gradient.to(output.device))
                 gradients.append(_gradient(x))
         if self._modules[index]:
@@ -149,5 +151,16 @@ class BlockCalibration:
 
 
 def _gradient(x: Tensor) -> Tensor:
-    """Of a leaf; zero where the loss does not depend on it."""
-    return torch.zeros_like(x) if x.grad is None else x.grad
+    """Of a leaf, on the CPU; zero where the loss does not depend on it."""
+    return torch.zeros_like(x, device="cpu") if x.grad is None else x.grad.to("cpu")
+
+
+@contextmanager
+def _read_once(block: nn.Module) -> Iterator[None]:
+    """Hold the weights of a block that accelerate keeps on disk; by itself it reads them at every call."""
+    with ExitStack() as stack:
+        for module in block.modules():
+            if has_offloaded_params(module):
+                stack.enter_context(align_module_device(module))
+                stack.enter_context(forward_replaced(module, module._old_forward))
+        yield

@@ -41,7 +41,8 @@ class BlockCall:
             output = block(hidden_states=hidden, **self.kwargs)
         else:
             output = block(hidden, *self.args, **self.kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        new: Tensor = _hidden(output)
+        return new
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +65,27 @@ class BlockChain:
     def find(cls, model: nn.Module, module_names: list[str], inputs: Mapping[str, Any]) -> BlockChain | None:
         """The chain that holds the given modules, if the model is one; found by running it once on ``inputs``.
 
-        None where modules lie outside the blocks, or where blocks share more than their hidden states.
+        None where modules lie outside the blocks, where blocks have hooks, or where a run around the blocks is not
+        what a true run is: blocks are called with something else, or the logits depend on more than the last block.
         """
         names = _block_names(model, module_names)
         if names is None:
             return None
         blocks = tuple(model.get_submodule(name) for name in names)
-        calls, outputs = _watch(model, blocks, inputs)
-        if not _are_chained(blocks, calls, outputs):
+        if any(block._forward_hooks or block._forward_pre_hooks for block in blocks):
             return None
-        chain = cls(model, names, blocks, isinstance(outputs[0], tuple))
-        first, again, _ = chain.around(inputs)
+        with torch.no_grad():
+            calls, outputs, logits = _watch(model, blocks, inputs)
+            if not _are_chained(blocks, calls, outputs):
+                return None
+            chain = cls(model, names, blocks, isinstance(outputs[0], tuple))
+            try:
+                first, again, result = chain.around(inputs, _hidden(outputs[-1]))
+            except Exception:  # the rest of the model wants something of the blocks that a stand-in does not have
+                return None
         same_calls = all(_equal(call, other) for (_, call), other in zip(calls, again, strict=True))
-        return chain if same_calls and torch.equal(first, calls[0][0]) else None
+        same_ends = torch.equal(first, calls[0][0]) and _identical(result.logits, logits)
+        return chain if same_calls and same_ends else None
 
     def around(self, inputs: Mapping[str, Any], last: Tensor | None = None) -> tuple[Tensor, list[BlockCall], Any]:
         """Run everything but the blocks.
@@ -98,7 +107,7 @@ class BlockChain:
 
         with ExitStack() as stack:
             for block in self.blocks:
-                stack.enter_context(_forward_replaced(block, stand_in))
+                stack.enter_context(forward_replaced(block, stand_in))
             output = self.model(**inputs, use_cache=False)
         return seen[0][0].detach(), [call for _, call in seen], output
 
@@ -106,15 +115,16 @@ class BlockChain:
 def _block_names(model: nn.Module, module_names: list[str]) -> tuple[str, ...] | None:
     """Names of the blocks of the outermost ``ModuleList`` that all modules lie in."""
     for list_name, blocks in model.named_modules():
-        if isinstance(blocks, nn.ModuleList) and all(name.startswith(f"{list_name}.") for name in module_names):
+        inside = [name.removeprefix(f"{list_name}.") for name in module_names if name.startswith(f"{list_name}.")]
+        if isinstance(blocks, nn.ModuleList) and len(inside) == len(module_names) and all("." in n for n in inside):
             return tuple(f"{list_name}.{index}" for index in range(len(blocks)))
     return None
 
 
 def _watch(
     model: nn.Module, blocks: tuple[nn.Module, ...], inputs: Mapping[str, Any]
-) -> tuple[list[tuple[Tensor, BlockCall]], list[Any]]:
-    """Calls and outputs of the blocks in one true run, in the order they ran; nothing where one ran out of order."""
+) -> tuple[list[tuple[Tensor, BlockCall]], list[Any], Tensor]:
+    """Calls and outputs of the blocks in one true run, nothing where one ran out of order; and the logits."""
     order: list[nn.Module] = []
     calls: list[tuple[Tensor, BlockCall]] = []
     outputs: list[Any] = []
@@ -128,27 +138,29 @@ def _watch(
     with ExitStack() as stack:
         for block in blocks:
             stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
-        with torch.no_grad():
-            model(**inputs, use_cache=False)
-    return (calls, outputs) if order == list(blocks) else ([], [])
+        logits = model(**inputs, use_cache=False).logits
+    return (calls, outputs, logits) if order == list(blocks) else ([], [], logits)
 
 
 def _are_chained(blocks: tuple[nn.Module, ...], calls: list[tuple[Tensor, BlockCall]], outputs: list[Any]) -> bool:
     """Whether every block ran once, in order, on what the one before returned."""
     if not len(blocks) == len(calls) == len(outputs):
         return False
-    hidden = []
-    for output in outputs:
-        if isinstance(output, tuple) and len(output) != 1:
-            return False
-        hidden.append(output[0] if isinstance(output, tuple) else output)
+    if any(isinstance(output, tuple) and len(output) != 1 for output in outputs):
+        return False
+    hidden = [_hidden(output) for output in outputs]
     if not all(isinstance(tensor, Tensor) for tensor in (calls[0][0], *hidden)):
         return False
     return all(read is wrote for (read, _), wrote in zip(calls[1:], hidden, strict=False))
 
 
+def _hidden(output: Any) -> Any:
+    """Hidden states of what a block returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
-def _forward_replaced(block: nn.Module, forward: Any) -> Iterator[None]:
+def forward_replaced(block: nn.Module, forward: Any) -> Iterator[None]:
     """A forward of the instance's own, which an offloaded block has already."""
     own = block.__dict__.get("forward")
     block.forward = forward
@@ -160,18 +172,21 @@ def _forward_replaced(block: nn.Module, forward: Any) -> Iterator[None]:
             block.forward = own
 
 
+def _identical(one: Tensor, other: Tensor) -> bool:
+    """Equal to the last bit, or both not a number: the pass itself says more clearly what is not finite."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def _equal(call: BlockCall, other: BlockCall) -> bool:
-    """Whether two calls pass the same values, as far as tensors show."""
-    mine, theirs = list(_tensors((call.args, call.kwargs))), list(_tensors((other.args, other.kwargs)))
-    return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+    """Whether two calls pass the same values; an object that cannot be looked into counts as another one."""
+    return _same(call.args, other.args) and _same(dict(call.kwargs), dict(other.kwargs))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, (bool, int, float, str, torch.dtype, torch.device, type(None))) and one == other

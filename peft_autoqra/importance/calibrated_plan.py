@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.importance.bank_store import BankEntry
 from peft_autoqra.importance.calibration import CalibrationOptions, calibrate, linear_weights
 from peft_autoqra.importance.calibration_bank import as_correction
 from peft_autoqra.importance.module_fit import FitSettings, calibrated_modules
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan
 from peft_autoqra.plan_calibration import PlanCalibration
-from peft_autoqra.quant.backends import calibrated_backend
+from peft_autoqra.quant.backends import calibrated_backend, make_backend
 
 
 def calibrate_plan(
@@ -42,19 +43,22 @@ def calibrate_plan(
         cache_dir: where calibration statistics are kept, and found again; None keeps none.
 
     Raises:
-        InvalidPlanError: the plan's backend takes no calibration.
-        CalibrationError: no data, a module that the data never reaches, values that are not finite.
+        InvalidPlanError: the plan's backend takes no calibration, or a layer cannot have its bits or rank.
+        PlanMismatchError: a layer has another shape than the plan says.
+        CalibrationError: no data, an unknown module or one that the data never reaches, values that are not finite.
     """
     backend = calibrated_backend(plan.quantizer)
+    settings = FitSettings(max_rank=0, alternations=alternations)
     names = [name for name, layer in plan.items() if layer.bits != DENSE_BITS]
     if not names:
         return plan.replace(initialization="compensate", calibration=PlanCalibration())
+    for name, weight in linear_weights(model, names):
+        _check(name, plan, (weight.shape[0], weight.shape[1]))
     options = CalibrationOptions(directory=None if cache_dir is None else Path(cache_dir))
     statistics = calibrate(model, batches, names, options)
-    settings = FitSettings(max_rank=0, alternations=alternations)
     moments, corrections, codes = {}, {}, {}
     with torch.no_grad():
-        for module in calibrated_modules(linear_weights(model, names), statistics, settings):
+        for module in calibrated_modules(linear_weights(model, names), statistics):
             name, layer = module.name, plan[module.name]
             fit = module.fit(backend.fit, layer.bits, replace(settings, max_rank=layer.rank))
             moment = module.statistics.input_second_moment.cpu().numpy()
@@ -67,3 +71,18 @@ def calibrate_plan(
                 corrections[name] = entry.correction
     calibration = PlanCalibration(input_second_moments=moments, corrections=corrections, codes=codes)
     return plan.replace(initialization="compensate", calibration=calibration)
+
+
+def _check(name: str, plan: BitRankPlan, shape: tuple[int, int]) -> None:
+    """What would be found only after the calibration, or when the plan is applied."""
+    make_backend(plan.quantizer).num_bytes(*shape, plan[name].bits, name)
+    if plan.shapes.get(name, shape) != shape:
+        raise PlanMismatchError(
+            f"The plan was made for a weight of shape {plan.shapes[name]} at {name!r}, the model has {shape}; use the "
+            f"base model that the plan names ({plan.base_model.name_or_path})."
+        )
+    if plan[name].rank > min(shape):
+        raise InvalidPlanError(
+            f"rank {plan[name].rank} of {name!r} is above the smaller side of its weight {shape}; use at most "
+            f"{min(shape)}."
+        )

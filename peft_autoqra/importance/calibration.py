@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +23,18 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.fingerprint import fingerprint_weights
+from peft_autoqra.importance.activation_store import ActivationStore
 from peft_autoqra.importance.block_calibration import BlockCalibration
 from peft_autoqra.importance.block_chain import BlockChain
 from peft_autoqra.importance.calibration_batch import CalibrationBatch
 from peft_autoqra.importance.recorder import StatisticsRecorder
 from peft_autoqra.importance.statistics import FORMAT_VERSION, CalibrationStatistics, StatisticsStore
+from peft_autoqra.importance.whole_file import one_at_a_time
 
+_NO_COMPUTATION = re.compile("name_or_path|transformers_version|_commit|architectures|token_id|cache|dtype")
+"""Entries of a model's configuration that do not change what it computes here."""
+
+ACTIVATIONS = "activations"
 MAX_GRAM_FEATURES = 16384
 """At this width the Gram of one input takes 1 GiB."""
 
@@ -38,8 +45,8 @@ class CalibrationOptions:
 
     Attributes:
         seed: of the sampled tokens.
-        directory: where statistics and, while it runs, activations are kept, so that memory holds neither, a
-            calibration that was stopped goes on, and one that is done is not done again; None keeps all in memory.
+        directory: where statistics and, while it runs, activations are kept, so that memory holds those of one block,
+            a calibration that was stopped goes on, and one that is done is not done again; None keeps all in memory.
         max_gram_features: inputs that are wider get the diagonal of their Gram only.
         show_progress: show a progress bar.
     """
@@ -48,6 +55,17 @@ class CalibrationOptions:
     directory: Path | None = None
     max_gram_features: int = MAX_GRAM_FEATURES
     show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the directory.
+
+        Raises:
+            CalibrationError: something else is in its place.
+        """
+        if self.directory is not None:
+            object.__setattr__(self, "directory", Path(self.directory))
+            if self.directory.exists() and not self.directory.is_dir():
+                raise CalibrationError(f"{self.directory} is a file; name a folder to keep the calibration in.")
 
 
 def calibrate(
@@ -96,10 +114,13 @@ def calibrate(
     fingerprint = calibration_fingerprint(model, given, module_names, options)
     directory = None if options.directory is None else options.directory / f"statistics-{fingerprint}"
     store = StatisticsStore(directory, fingerprint)
-    statistics = store.load(modules)
-    if statistics is None:
-        _Calibration(model, prepared, modules, options, store, directory).run()
+    with one_at_a_time(directory):
         statistics = store.load(modules)
+        if statistics is None:
+            _Calibration(model, prepared, modules, options, store, directory).run()
+            statistics = store.load(modules)
+        elif directory is not None:  # of a process that was killed at its very end
+            ActivationStore(directory / ACTIVATIONS).clear()
     if statistics is None:
         raise CalibrationError(f"The statistics in {directory} are damaged; delete that folder and calibrate again.")
     return statistics
@@ -118,9 +139,14 @@ def forward_backward(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]
 def calibration_fingerprint(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], module_names: Iterable[str], options: CalibrationOptions
 ) -> str:
-    """Hash of all that statistics depend on: weights, dtype, data, modules, settings; 32 hexadecimal digits."""
-    others = ((name, parameter) for name, parameter in model.named_parameters() if parameter.device.type != "meta")
-    digest = hashlib.sha256(fingerprint_weights(joined(linear_weights(model, module_names), others)).encode())
+    """Hash of all that statistics depend on: the model, its data, modules and settings; 32 hexadecimal digits.
+
+    Weights and buffers are sampled, see :func:`fingerprint_weights`.
+    """
+    digest = hashlib.sha256(fingerprint_weights(_own_tensors(model)).encode())
+    if isinstance(model, PreTrainedModel):
+        config = {key: value for key, value in model.config.to_dict().items() if not _NO_COMPUTATION.search(key)}
+        digest.update(json.dumps([config, model.config._attn_implementation], sort_keys=True, default=str).encode())
     for batch in batches:
         for key, value in sorted(batch.items()):
             content = repr(value.tolist() if isinstance(value, Tensor) else value)
@@ -194,6 +220,15 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
 
 
+def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers by name; those on disk are read when their turn comes."""
+    for name, module in model.named_modules():
+        with align_module_device(module):
+            for kind, tensor in joined(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                if tensor.device.type != "meta":
+                    yield f"{name}.{kind}", tensor
+
+
 @dataclass(frozen=True, eq=False)
 class _Calibration:
     """One calibration, checked and ready to run."""
@@ -213,7 +248,7 @@ class _Calibration:
             if chain is None:
                 self._batch_by_batch()
                 return
-            activations = None if self.directory is None else self.directory / "activations"
+            activations = None if self.directory is None else self.directory / ACTIVATIONS
             recorder = partial(StatisticsRecorder, max_gram_features=self.options.max_gram_features)
             blocks = BlockCalibration(chain, self.batches, self.modules, recorder, self.store, activations)
             blocks.run(seed=self.options.seed, show_progress=self.options.show_progress)

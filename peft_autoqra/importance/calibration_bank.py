@@ -27,6 +27,7 @@ from peft_autoqra.importance.calibration import (
 )
 from peft_autoqra.importance.error_table import ErrorTable
 from peft_autoqra.importance.module_fit import CalibratedModule, FitSettings, ModuleFit, calibrated_modules
+from peft_autoqra.importance.whole_file import one_at_a_time
 from peft_autoqra.plan import DENSE_BITS, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.quant.backends import calibrated_backend
@@ -91,6 +92,19 @@ class CalibrationBank:
                 rises[i, j] = self.entries[name, bits].rises
         return ErrorTable(names, bit_choices, rises, self.fingerprint)
 
+    def entry(self, name: str, bits: int) -> BankEntry:
+        """One module at one bit-width.
+
+        Raises:
+            InvalidPlanError: it was not calibrated.
+        """
+        try:
+            return self.entries[name, bits]
+        except KeyError:
+            raise InvalidPlanError(
+                f"{name!r} was not calibrated at {bits} bits; calibrate it with the others."
+            ) from None
+
     def for_layers(self, layers: Mapping[str, LayerPlan]) -> PlanCalibration:
         """What a plan with these layers has to carry: corrections cut to its ranks.
 
@@ -102,11 +116,7 @@ class CalibrationBank:
         for name, layer in layers.items():
             if layer.bits == DENSE_BITS:
                 continue
-            entry = self.entries.get((name, layer.bits))
-            if entry is None:
-                raise InvalidPlanError(
-                    f"{name!r} was not calibrated at {layer.bits} bits; calibrate it with the others."
-                )
+            entry = self.entry(name, layer.bits)
             if keeps_codes:
                 codes[name] = entry.codes
             else:
@@ -153,14 +163,16 @@ def build_calibration_bank(
     options = CalibrationOptions(directory=directory, show_progress=show_progress)
     names = settings.module_names
     fingerprint = settings.fingerprint(calibration_fingerprint(model, batches, names, options))
-    store = BankStore(None if directory is None else directory / f"bank-{fingerprint}")
-    missing = {name: [bits for bits in settings.bit_choices if store.get(name, bits) is None] for name in names}
-    missing = {name: bits for name, bits in missing.items() if bits}
-    if missing:
-        statistics = calibrate(model, batches, names, options)
-        modules = calibrated_modules(linear_weights(model, missing), statistics, settings.fit)
-        for module in tqdm(modules, "scoring bits and ranks", len(missing), disable=not show_progress):
-            _fit_module(module, missing[module.name], settings, store)
+    folder = None if directory is None else directory / f"bank-{fingerprint}"
+    store = BankStore(folder)
+    with one_at_a_time(folder):
+        missing = {name: [bits for bits in settings.bit_choices if store.get(name, bits) is None] for name in names}
+        missing = {name: bits for name, bits in missing.items() if bits}
+        if missing:
+            statistics = calibrate(model, batches, names, options)
+            modules = calibrated_modules(linear_weights(model, missing), statistics)
+            for module in tqdm(modules, "scoring bits and ranks", len(missing), disable=not show_progress):
+                _fit_module(module, missing[module.name], settings, store)
     entries = {(name, bits): store.get(name, bits) for name in names for bits in settings.bit_choices}
     return CalibrationBank(settings, fingerprint, {key: entry for key, entry in entries.items() if entry is not None})
 
@@ -180,4 +192,10 @@ def as_correction(fit: ModuleFit) -> Correction:
 
 
 def _to_float16(tensor: Tensor) -> npt.NDArray[np.float16]:
-    return tensor.cpu().numpy().astype(np.float16)
+    half = tensor.to("cpu", torch.float16)
+    if not torch.isfinite(half).all():
+        raise CalibrationError(
+            f"The correction of a quantization error holds values up to {float(tensor.abs().max()):.3g}, more than "
+            "float16 can; keep the layers with such weights at 16 bits, or exclude them."
+        )
+    return half.numpy()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from peft_autoqra.errors import CalibrationError
+
 IGNORED_LABEL = -100
 
 
@@ -29,7 +31,12 @@ class CalibrationBatch:
 
     @classmethod
     def prepare(cls, batch: Mapping[str, Any], device: torch.device) -> CalibrationBatch:
-        """Of a batch as a data collator makes it."""
+        """Of a batch as a data collator makes it.
+
+        Raises:
+            CalibrationError: no ``input_ids`` of two dimensions, or labels or a mask of another shape.
+        """
+        _check(batch)
         inputs = to_device(batch, device)
         labels = inputs.pop("labels", inputs["input_ids"])
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
@@ -52,11 +59,37 @@ class CalibrationBatch:
         Args:
             logits: ``[batch, seq, vocab]``, with a graph.
             generator: on the batch's device.
+
+        Raises:
+            CalibrationError: logits that are not finite.
         """
         predictions = logits[:, :-1][self.predicts.to(logits.device)].float()  # [num_predictions, vocab]
+        if not torch.isfinite(predictions.sum()):
+            raise CalibrationError(
+                "The model's predictions hold NaN or infinity during calibration, and no targeted module does; check "
+                "its last norm and its head, or load the model in bfloat16 or float32."
+            )
         probabilities = predictions.detach().softmax(-1).to(generator.device)
         sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
         functional.cross_entropy(predictions, sampled.to(predictions.device), reduction="sum").backward()
+
+
+def _check(batch: Mapping[str, Any]) -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise CalibrationError(
+            "A calibration batch must be a mapping with `input_ids`, a tensor [batch, seq]; this one is "
+            + (
+                f"{ {key: getattr(value, 'shape', value) for key, value in batch.items()} }."
+                if isinstance(batch, Mapping)
+                else f"a {type(batch).__name__}."
+            )
+        )
+    for key in ("labels", "attention_mask"):
+        if key in batch and batch[key].shape != ids.shape:
+            raise CalibrationError(
+                f"{key} has shape {tuple(batch[key].shape)}, input_ids {tuple(ids.shape)}; they must be equal."
+            )
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

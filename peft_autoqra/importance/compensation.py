@@ -17,6 +17,12 @@ RIGHT_ROW_NORM = math.sqrt(1 / 3)
 EXACT_SIDE = 1536
 """Weights whose smaller side is longer are decomposed by a randomized method, if few components are wanted."""
 
+DAMPING = 1e-3
+"""Of an :class:`InputMetric`: keeps directions that the data never showed from being free."""
+
+GRADIENT_FLOOR = 1e-2
+"""Smallest mean squared gradient of an output that is believed, as a fraction of their mean."""
+
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
 _NEGLIGIBLE = 1e-7  # share of the largest squared singular value below which float32 holds only noise
@@ -29,13 +35,13 @@ class InputMetric:
 
     Args:
         input_gram: ``E[x x^T]``, ``[in_features, in_features]``, float32, or its diagonal, ``[in_features]``.
-        damping: keeps directions that the data never showed from being free; a fraction of the mean diagonal.
+        damping: a fraction of the mean diagonal.
 
     Raises:
         CalibrationError: H has no Cholesky factor, because damping is too small.
     """
 
-    def __init__(self, input_gram: Tensor, damping: float) -> None:
+    def __init__(self, input_gram: Tensor, damping: float = DAMPING) -> None:
         """Add the damping."""
         self.moment = input_gram.clone()  # [K, K] or [K]
         diagonal = self.moment.diagonal() if self.is_full else self.moment
@@ -73,7 +79,7 @@ class InputMetric:
         return factor.float()
 
 
-def output_scale(output_gradient_second_moment: Tensor, gradient_floor: float) -> Tensor:
+def output_scale(output_gradient_second_moment: Tensor, gradient_floor: float = GRADIENT_FLOOR) -> Tensor:
     """Weights D of the output features: root mean square gradients, floored so that they can be divided by.
 
     Args:
@@ -135,7 +141,7 @@ class WhitenedError:
             product has to divide one of them by its scaling.
         """
         values = self.squared_singular_values
-        kept = min(rank, int((values > _NEGLIGIBLE * values[0]).sum()))
+        kept = min(rank, int((values > _NEGLIGIBLE * values[:1]).sum()))
         left, right = self._components(kept)
         norm = right.norm(dim=1)  # [kept]
         left = torch.cat((left * (norm / RIGHT_ROW_NORM), left.new_zeros(len(left), rank - kept)), dim=1)
@@ -181,6 +187,8 @@ def whiten_error(error: Tensor, metric: InputMetric, scale: Tensor, max_rank: in
 def _largest(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Approximately the largest eigenvalues, ``[count]``, float64, and their eigenvectors, ``[m, count]``."""
     devices = [gram.device] if gram.is_cuda else []
+    if count == 0:
+        return gram.new_zeros(0, dtype=torch.float64), gram[:, :0]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         vectors, _, _ = torch.svd_lowrank(gram, q=count + _OVERSAMPLING, niter=_POWER_ITERATIONS)

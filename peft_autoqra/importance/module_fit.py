@@ -23,27 +23,23 @@ class FitSettings:
 
     Attributes:
         max_rank: largest rank of a correction.
-        damping: see :class:`InputMetric`.
-        gradient_floor: see :func:`output_scale`.
         alternations: how often the weight is quantized again with the correction of ``max_rank`` taken off (LoftQ, Li
             et al. 2023, algorithm 1, under the metric of the loss). Then codes and correction fit each other at that
             rank only, so a search over ranks has to do without.
 
     Raises:
-        CalibrationError: a negative number.
+        CalibrationError: a number that is negative or no integer.
     """
 
     max_rank: int
-    damping: float = 1e-3
-    gradient_floor: float = 1e-2
     alternations: int = 0
 
     def __post_init__(self) -> None:
         """Check."""
-        if self.max_rank < 0 or self.alternations < 0:
-            raise CalibrationError(
-                f"max_rank={self.max_rank} and alternations={self.alternations} cannot be negative."
-            )
+        for name in ("max_rank", "alternations"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise CalibrationError(f"{name}={value!r} must be an integer of at least 0.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +97,13 @@ class CalibratedModule:
 
 
 def calibrated_modules(
-    weights: Iterable[tuple[str, Tensor]], statistics: CalibrationStatistics, settings: FitSettings
+    weights: Iterable[tuple[str, Tensor]], statistics: CalibrationStatistics
 ) -> Iterator[CalibratedModule]:
     """Join weights and statistics; modules that share an input are cheapest when they follow each other.
 
     Args:
         weights: module names and weights ``[out_features, in_features]``, from ``linear_weights``.
         statistics: of at least these modules.
-        settings: the metric.
 
     Raises:
         CalibrationError: a module that was not calibrated, or one of another shape.
@@ -126,11 +121,11 @@ def calibrated_modules(
             )
         if metric is None or gram is not module.input_gram:
             gram = module.input_gram
-            metric = InputMetric(gram.to(weight.device), settings.damping)
+            metric = InputMetric(gram.to(weight.device))
         on_device = replace(
             module,
             input_gram=module.input_gram.to(weight.device),
             output_gradient_second_moment=module.output_gradient_second_moment.to(weight.device),
         )
-        scale = output_scale(on_device.output_gradient_second_moment, settings.gradient_floor)
+        scale = output_scale(on_device.output_gradient_second_moment)
         yield CalibratedModule(name, weight.detach().to(torch.float32), on_device, metric, scale)

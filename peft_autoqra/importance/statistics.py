@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_autoqra.errors import CalibrationError
+from peft_autoqra.importance.whole_file import write_tensors
 
 FORMAT_VERSION = 1
 
@@ -105,11 +105,7 @@ class StatisticsStore:
         if self._directory is None:
             self._modules.update(modules)
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"part-{part:05d}.safetensors"
-        partial = path.with_suffix(".partial")
-        _save(modules, partial, self._fingerprint)
-        partial.replace(path)
+        _save(modules, self._directory / f"part-{part:05d}.safetensors", self._fingerprint)
 
     def load(self, module_names: Iterable[str]) -> CalibrationStatistics | None:
         """The statistics of these modules, those on disk mapped and not read; None where some are missing."""
@@ -133,7 +129,7 @@ def _save(modules: Mapping[str, ModuleStatistics], path: Path, fingerprint: str)
         tensors[f"{_GRADIENT}:{name}"] = statistics.output_gradient_second_moment.contiguous()
         header[name] = {"gram_owner": owner, "num_tokens": statistics.num_tokens}
     content = {"version": FORMAT_VERSION, "fingerprint": fingerprint, "modules": header}
-    save_file(tensors, path, metadata={_HEADER: json.dumps(content)})
+    write_tensors(path, tensors, {_HEADER: json.dumps(content)})
 
 
 def _load(path: Path, fingerprint: str) -> dict[str, ModuleStatistics]:

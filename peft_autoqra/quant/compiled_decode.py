@@ -69,12 +69,13 @@ def decode_compiled(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tensor,
         for target, chunk_scale, chunk_offset, chunk in chunks:
             kernel(target, chunk, chunk_scale, chunk_offset, bits, group_size)
     except Exception as error:  # whatever a tool chain can do wrong must not stop a training that works without it
+        compile_decoding(False)
+        reason = str(error).partition("\n")[0]
         warnings.warn(
-            f"Decoding cannot be compiled ({type(error).__name__}: {str(error).splitlines()[0]}); it goes on without. "
-            "peft_autoqra.quant.compiled_decode.compile_decoding(False) turns it off.",
+            f"Decoding cannot be compiled ({type(error).__name__}: {reason}); it goes on without. "
+            "peft_autoqra.quant.compiled_decode.compile_decoding(False) turns it off beforehand.",
             stacklevel=2,
         )
-        compile_decoding(False)
         return False
     return True
 

@@ -6,6 +6,7 @@ import threading
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from peft_autoqra.quant import compiled_decode
 from peft_autoqra.quant.packing import unpack_codes
@@ -47,7 +48,7 @@ def decode_groups(
     if not runs_here(codes):
         values = unpack_codes(codes, bits, scale.numel() * group_size).view(shape)
         return (values.float() * scale[:, None] + offset[:, None]).to(dtype)
-    dense = torch.empty(shape, dtype=dtype) if out is None else out
+    dense = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
     compile_it = out is not None and compiled_decode.compiles(dense.numel())
     if not (compile_it and compiled_decode.decode_compiled(dense, codes, scale, offset, bits, group_size)):
         _decode_in_chunks(dense, codes, scale, offset, bits)
@@ -55,9 +56,10 @@ def decode_groups(
 
 
 def runs_here(tensor: Tensor) -> bool:
-    """Whether a weight is decoded on the CPU, now, into real memory."""
-    real = type(tensor) in (Tensor, nn.Parameter)
-    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a weight is decoded on the CPU, now, into real memory: not traced, not fake."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _decode_in_chunks(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits: int) -> None:
@@ -66,7 +68,7 @@ def _decode_in_chunks(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tenso
     # Eight groups end on a whole byte, whatever the bits.
     chunk_groups = max(8, CHUNK_WEIGHTS_PER_THREAD * torch.get_num_threads() // group_size // 8 * 8)
     chunk_bytes = chunk_groups * group_size * bits // 8
-    buffer = torch.empty(min(chunk_groups, len(dense)), group_size)
+    buffer = torch.empty(min(chunk_groups, len(dense)), group_size, dtype=torch.float32, device="cpu")
     per_group = (tensor.split(chunk_groups) for tensor in (dense, scale[:, None], offset[:, None]))
     for target, chunk_scale, chunk_offset, chunk in zip(*per_group, codes.split(chunk_bytes), strict=True):
         values = unpack_codes(chunk, bits, target.numel()).view(target.shape)
@@ -82,5 +84,5 @@ def workspace(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     buffer = getattr(_workspaces, "buffer", None)
     if buffer is None or buffer.numel() < num_bytes:
         with torch.inference_mode(False):  # made there, it could not be written to anywhere else
-            buffer = _workspaces.buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            buffer = _workspaces.buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     return buffer[:num_bytes].view(dtype).view(shape)

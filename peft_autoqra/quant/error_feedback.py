@@ -11,14 +11,12 @@ from peft_autoqra.quant.packing import pack_codes
 from peft_autoqra.quant.quantized_weight import SYMMETRIC_BITS, QuantizedWeight, decode_scale_codes
 
 DAMPING = 1e-2
-"""Fraction of the mean diagonal that is added to the Gram, as in GPTQ."""
+"""Fraction of the mean diagonal that is added to the Gram, as GPTQ does."""
 
 _COLUMNS_AT_ONCE = 128
 
 
-def quantize_with_error_feedback(
-    weight: Tensor, *, bits: int, group_size: int, input_gram: Tensor, damping: float = DAMPING
-) -> QuantizedWeight:
+def quantize_with_error_feedback(weight: Tensor, *, bits: int, group_size: int, input_gram: Tensor) -> QuantizedWeight:
     """Quantize to the native format so that ``tr (W - Q) H (W - Q)^T`` is small, H the inputs' whole second moment.
 
     GPTQ (Frantar et al. 2023, algorithm 1): columns are rounded in the order of falling ``H[j, j]``, and after each
@@ -30,7 +28,6 @@ def quantize_with_error_feedback(
         bits: 2, 3, 4 or 8.
         group_size: divides ``in_features``.
         input_gram: ``E[x x^T]`` of the module's inputs, ``[in_features, in_features]``.
-        damping: added to its diagonal, as a fraction of the diagonal's mean.
 
     Raises:
         InvalidPlanError: unsupported bits, or a group size that does not divide.
@@ -42,7 +39,7 @@ def quantize_with_error_feedback(
     )
     scale, offset = _scales(start)
     order = torch.argsort(input_gram.diagonal().to(weight.device), descending=True, stable=True)
-    feedback = _feedback(input_gram.to(weight.device)[order][:, order], damping)
+    feedback = _feedback(input_gram.to(weight.device)[order][:, order])
     group = order // group_size
     codes = _round_columns(weight.float()[:, order], scale[:, group], offset[:, group], feedback, 2**bits - 1)
     packed = pack_codes(codes[:, torch.argsort(order)].contiguous(), bits)
@@ -69,14 +66,14 @@ def _scales(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return scale.view(shape), offset.view(shape)
 
 
-def _feedback(gram: Tensor, damping: float) -> Tensor:
+def _feedback(gram: Tensor) -> Tensor:
     """Upper Cholesky factor of the damped Gram's inverse, ``[K, K]``, float32; identity where the Gram is zero."""
     damped = gram.double()
     mean = damped.diagonal().mean()
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
-        raise CalibrationError("The input Gram is not positive definite; calibrate with more tokens or damping.")
+        raise CalibrationError("The input Gram is not positive definite; calibrate with more tokens.")
     upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     return upper.float()
 

@@ -62,7 +62,7 @@ class QuantLinear(DecodedLinear):
         return self.decoder.out_features
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        few_rows = x.numel() <= MAX_ROWS_OF_PACKED_PRODUCT * self.in_features
+        few_rows = x.shape[-1] == self.in_features and x.numel() <= MAX_ROWS_OF_PACKED_PRODUCT * self.in_features
         if few_rows and runs_triton_kernels(x) and not (torch.is_grad_enabled() and _any_needs_gradient(x, bias)):
             from peft_autoqra.quant import triton_kernels  # noqa: PLC0415 - optional dependency
 

@@ -21,6 +21,17 @@ from peft_autoqra.quant.quantized_weight import (
 from peft_autoqra.streaming.quant_config import QuantizedModule
 
 
+def fitting_names(model: nn.Module, modules: Mapping[str, QuantizedModule]) -> dict[str, QuantizedModule]:
+    """The modules by the names that this class of the model has: with or without its head they differ by a prefix."""
+    layers = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if all(name in layers for name in modules) or prefix == ".":
+        return dict(modules)
+    if all(f"{prefix}{name}" in layers for name in modules):
+        return {f"{prefix}{name}": module for name, module in modules.items()}
+    return {name.removeprefix(prefix) if name not in layers else name: module for name, module in modules.items()}
+
+
 def put_empty_layers(model: nn.Module, modules: Mapping[str, QuantizedModule]) -> None:
     """Swap linear layers on the meta device for quantized ones on the meta device.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,9 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from peft_autoqra.errors import AutoQRAError, InvalidPlanError
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
-from peft_autoqra.quant.decoded_linear import DecodedLinear
 from peft_autoqra.quant.nf4 import NF4Linear
-from peft_autoqra.streaming.empty_layers import put_empty_layers
+from peft_autoqra.streaming.empty_layers import fitting_names, put_empty_layers
 from peft_autoqra.streaming.quant_config import METHOD, AutoQRAQuantConfig
 from peft_autoqra.streaming.weight_stream import WeightStream
 
@@ -38,15 +36,15 @@ class AutoQRAHfQuantizer(HfQuantizer):
     """Quantizes a 16-bit checkpoint weight by weight, or puts the codes of a quantized one in their places.
 
     Args:
-        quantization_config: stays as it is; the model gets a copy that says what was done.
+        quantization_config: stays as it is; the model gets one of its own that says what was done.
         kwargs: transformers' ``pre_quantized``: whether the checkpoint is quantized already.
     """
 
     quantization_config: AutoQRAQuantConfig
 
     def __init__(self, quantization_config: AutoQRAQuantConfig, **kwargs: Any) -> None:
-        """Keep a copy: one configuration may load several models."""
-        super().__init__(copy.copy(quantization_config), **kwargs)
+        """Nothing is read yet."""
+        super().__init__(quantization_config, **kwargs)
         self._stream: WeightStream | None = None
         self._failure: AutoQRAError | None = None
 
@@ -82,6 +80,8 @@ class AutoQRAHfQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         if self.pre_quantized:
+            config = self.quantization_config
+            self.quantization_config = config.loaded(fitting_names(model, config.modules), config.base_fingerprint)
             put_empty_layers(model, self.quantization_config.quantized_modules)
         else:
             self._stream = WeightStream(model, self.quantization_config, checkpoint_files or ())
@@ -121,7 +121,8 @@ class AutoQRAHfQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
             self._stream = None
         else:
-            _check_filled(model)
+            _check_filled(model, self.quantization_config.modules)
+            model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
@@ -186,9 +187,10 @@ class QuantizeOnLoad(ConversionOps):
         return kept
 
 
-def _check_filled(model: nn.Module) -> None:
-    for name, layer in model.named_modules():
-        tensors = layer.parameters(recurse=False) if isinstance(layer, DecodedLinear) else ()
+def _check_filled(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        layer = model.get_submodule(name)
+        tensors = layer.parameters(recurse=False)
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             raise InvalidPlanError(f"The checkpoint lacks tensors of {name!r}; save or download the model again.")
 

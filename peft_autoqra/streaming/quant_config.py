@@ -84,6 +84,7 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
         _check_format(quant_method, autoqra_version, unknown)
         self.quant_method = METHOD
         self.autoqra_version = FORMAT_VERSION
+        _check_types(bits_pattern, target_modules, modules)
         self.plan = _read_plan(plan)
         self.bits = bits
         self.bits_pattern = dict(bits_pattern or {})
@@ -92,6 +93,15 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
         self.quant_backend = quant_backend
         self.base_fingerprint = base_fingerprint
         self.modules = {name: _read_module(name, module) for name, module in (modules or {}).items()}
+        if quant_backend == "gptq" and self.plan is None and not self.modules:
+            raise InvalidPlanError(
+                "quant_backend='gptq' needs a calibrated plan, which carries the codes; give plan=..."
+            )
+        if self.plan is not None and base_fingerprint not in (None, self.plan.base_model.fingerprint):
+            raise InvalidPlanError(
+                f"base_fingerprint={base_fingerprint!r} is not the plan's, {self.plan.base_model.fingerprint!r}; leave "
+                "it out, or change it with plan.replace(base_model=...)."
+            )
         self.to_adapter_config()
 
     def to_adapter_config(self) -> AutoQRAConfig:
@@ -171,6 +181,14 @@ def _check_format(quant_method: str, version: int, unknown: Mapping[str, Any]) -
             f"AutoQRAQuantConfig does not know {sorted(unknown)}; it takes plan, or bits, bits_pattern, group_size, "
             "target_modules and quant_backend."
         )
+
+
+def _check_types(bits_pattern: object, target_modules: object, modules: object) -> None:
+    for name, value in (("bits_pattern", bits_pattern), ("modules", modules)):
+        if value is not None and not isinstance(value, Mapping):
+            raise InvalidPlanError(f"{name}={value!r} must be a mapping from module names.")
+    if target_modules is not None and not isinstance(target_modules, Iterable):
+        raise InvalidPlanError(f"target_modules={target_modules!r} must be 'all-linear', a pattern, or names.")
 
 
 def _read_plan(plan: BitRankPlan | Mapping[str, Any] | str | Path | None) -> BitRankPlan | None:

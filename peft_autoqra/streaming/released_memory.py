@@ -59,14 +59,17 @@ class ReleasedMemory:
         """(start, end) of this process's mappings of the files, with their kilobytes of changed pages."""
         if not sys.platform.startswith("linux") or not self._files:
             return {}
-        mappings = {}
+        try:
+            lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:  # hardened systems hide it
+            return {}
+        mappings: dict[tuple[int, int], int] = {}
         current: tuple[int, int] | None = None
-        with Path("/proc/self/smaps").open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                fields = line.rstrip("\n").split(maxsplit=5)
-                if not fields[0].endswith(":"):  # start-end, permissions, offset, device, inode, path
-                    start, end = (int(address, 16) for address in fields[0].split("-"))
-                    current = (start, end) if fields[5:] and fields[5] in self._files else None
-                elif fields[0] == "Anonymous:" and current is not None:
-                    mappings[current] = int(fields[1])
+        for line in lines:
+            fields = line.split(maxsplit=5)
+            if not fields[0].endswith(":"):  # start-end, permissions, offset, device, inode, path
+                start, end = (int(address, 16) for address in fields[0].split("-"))
+                current = (start, end) if fields[5:] and fields[5] in self._files else None
+            elif current is not None and fields[0] in ("Anonymous:", "Swap:"):
+                mappings[current] = mappings.get(current, 0) + int(fields[1])
         return mappings

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
@@ -16,7 +15,7 @@ from peft_autoqra.quant.backends import layer_bits, make_backend
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig, QuantizedModule
 from peft_autoqra.streaming.released_memory import ReleasedMemory
-from peft_autoqra.tuner.preparation import Target, check_fingerprint, module_calibration, resolve_targets
+from peft_autoqra.tuner.preparation import Target, check_fingerprint, check_finite, module_calibration, resolve_targets
 
 
 class WeightStream:
@@ -152,8 +151,7 @@ def _check_weight(target: Target, weight: Tensor) -> None:
             f"The checkpoint's weight of {target.name!r} has shape {tuple(weight.shape)}, the model wants "
             f"{target.shape}. Load the checkpoint with its own config.json, and without tensor parallelism."
         )
-    if not torch.isfinite(weight).all():
-        raise InvalidPlanError(f"The weight of {target.name!r} holds NaN or infinite values; it cannot be quantized.")
+    check_finite(target.name, weight)
 
 
 def _check_not_tied(model: nn.Module, module_names: Iterable[str]) -> None:

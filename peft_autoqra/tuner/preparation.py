@@ -234,8 +234,17 @@ def _check_values(target: Target) -> None:
     weight = target.weight
     if weight.device.type == "meta":
         raise InvalidPlanError(f"The weight of {target.name!r} is on the meta device; load the model's weights first.")
+    check_finite(target.name, weight)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Refuse a weight that cannot be quantized.
+
+    Raises:
+        InvalidPlanError: it holds values that are not finite.
+    """
     if not torch.isfinite(weight).all():
-        raise InvalidPlanError(f"The weight of {target.name!r} holds NaN or infinite values; it cannot be quantized.")
+        raise InvalidPlanError(f"The weight of {name!r} holds NaN or infinite values; it cannot be quantized.")
 
 
 def module_calibration(target: Target, config: AutoQRAConfig) -> ModuleCalibration | None:

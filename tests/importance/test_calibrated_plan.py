@@ -5,8 +5,11 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_autoqra import AutoQRAConfig, BitRankPlan, LayerPlan, QuantizerSettings, calibrate_plan
-from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra.errors import CalibrationError, InvalidPlanError, PlanMismatchError
+from peft_autoqra.importance import calibrated_plan, compensation
 from peft_autoqra.target_modules import linear_targets
+
+NAME = "model.layers.0.self_attn.q_proj"
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -65,6 +68,39 @@ def test_a_second_adapter_shares_a_base_with_the_same_codes_only(tiny_llama):
                 plan=calibrate_plan(make_plan(tiny_llama(), "gptq"), tiny_llama(), other), task_type="CAUSAL_LM"
             ),
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"alternations": -1}, CalibrationError, "alternations=-1 must be an integer"),
+        ({"alternations": "2"}, CalibrationError, "alternations='2' must be an integer"),
+        ({"rank": 500}, InvalidPlanError, "rank 500 of .* use at most 64"),
+        ({"shapes": {NAME: (7, 64)}}, PlanMismatchError, r"shape \(7, 64\)"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(tiny_llama, monkeypatch, change, error, message):
+    monkeypatch.setattr(calibrated_plan, "calibrate", lambda *_: pytest.fail("measured"))
+    plan = BitRankPlan({NAME: LayerPlan(3, change.get("rank", 2))}, shapes=change.get("shapes"))
+    with pytest.raises(error, match=message):
+        calibrate_plan(plan, tiny_llama(), batches(), alternations=change.get("alternations", 0))
+
+
+def test_a_module_without_adapter_that_is_decomposed_at_random(tiny_llama, monkeypatch):
+    monkeypatch.setattr(compensation, "EXACT_SIDE", 8)
+    monkeypatch.setattr(compensation, "_OVERSAMPLING", 2)
+    plan = BitRankPlan({NAME: LayerPlan(3, 0), NAME.replace("q_", "o_"): LayerPlan(3, 4)})
+    calibrated = calibrate_plan(plan, tiny_llama(), batches())
+    assert list(calibrated.calibration.corrections) == [NAME.replace("q_", "o_")]
+
+
+def test_corrections_that_float16_cannot_hold_are_refused(tiny_llama):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_submodule(NAME.replace("q_", "v_")).weight.mul_(1e7)
+    plan = BitRankPlan({NAME.replace("q_", "v_"): LayerPlan(2, 4)})
+    with pytest.raises(CalibrationError, match="more than float16 can"):
+        calibrate_plan(plan, model, batches())
 
 
 def test_error_feedback_needs_a_calibrated_plan(tiny_llama):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peft_autoqra.errors import CalibrationError
+from peft_autoqra.importance.compensation import DAMPING, GRADIENT_FLOOR
 from peft_autoqra.importance.module_fit import FitSettings, calibrated_modules
 from peft_autoqra.importance.statistics import CalibrationStatistics, ModuleStatistics
 from peft_autoqra.plan import QuantizerSettings
@@ -40,13 +41,13 @@ def statistics() -> CalibrationStatistics:
 
 
 def module(weights, statistics, name: str = "q"):
-    return next(calibrated_modules([(name, weights[name])], statistics, SETTINGS))
+    return next(calibrated_modules([(name, weights[name])], statistics))
 
 
 def whitened(error: torch.Tensor, statistics: ModuleStatistics) -> torch.Tensor:
     gram, gradient = statistics.input_gram.double(), statistics.output_gradient_second_moment
-    moment = gram + SETTINGS.damping * gram.diagonal().mean() * torch.eye(len(gram))
-    scale = gradient.clamp_min(SETTINGS.gradient_floor * gradient.mean()).sqrt()
+    moment = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
+    scale = gradient.clamp_min(GRADIENT_FLOOR * gradient.mean()).sqrt()
     return scale[:, None].double() * error.double() @ torch.linalg.cholesky(moment)
 
 
@@ -93,17 +94,17 @@ def test_alternating_never_loses_and_gains_at_two_bits(weights, statistics, quan
 
 def test_refuses_modules_without_statistics(weights, statistics):
     with pytest.raises(CalibrationError, match="'other' was not calibrated"):
-        list(calibrated_modules([("other", weights["q"])], statistics, SETTINGS))
+        list(calibrated_modules([("other", weights["q"])], statistics))
 
 
 def test_refuses_weights_of_another_model(weights, statistics):
     with pytest.raises(
         CalibrationError, match=r"'q' has a weight of shape \(32, 16\), but was calibrated with \(16, 32\)"
     ):
-        list(calibrated_modules([("q", weights["down"])], statistics, SETTINGS))
+        list(calibrated_modules([("q", weights["down"])], statistics))
 
 
-@pytest.mark.parametrize("bad", [{"max_rank": -1}, {"max_rank": 1, "alternations": -1}])
+@pytest.mark.parametrize("bad", [{"max_rank": -1}, {"max_rank": 1, "alternations": -1}, {"max_rank": 1.5}])
 def test_refuses_negative_settings(bad):
-    with pytest.raises(CalibrationError, match="cannot be negative"):
+    with pytest.raises(CalibrationError, match="must be an integer of at least 0"):
         FitSettings(**bad)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 
@@ -152,12 +153,19 @@ def test_a_tool_chain_that_fails_costs_a_warning_and_nothing_else(compiled: None
     def fail(*args: object) -> None:
         raise RuntimeError("no headers")
 
+    def fail_without_a_word(*args: object) -> None:
+        raise AssertionError
+
     monkeypatch.setattr(compiled_decode, "_kernel", lambda *args: fail)
     layer, x = make_layer(48, 7, 3), torch.ones(2, 48)
     with pytest.warns(UserWarning, match=r"cannot be compiled \(RuntimeError: no headers\); it goes on without"):
         output = layer(x)
     assert torch.equal(output, linear(x, layer.dequantize(), layer.bias))
     assert torch.equal(layer(x), output)  # without a second warning
+    compiled_decode.compile_decoding(True)
+    monkeypatch.setattr(compiled_decode, "_kernel", lambda *args: fail_without_a_word)
+    with pytest.warns(UserWarning, match=r"AssertionError: \)"):
+        layer(x)
 
 
 class TestWorkspace:
@@ -191,6 +199,28 @@ class TestWorkspace:
         large(x).sum().backward()
         with torch.inference_mode():
             assert torch.equal(large(x), large(torch.ones(1, 128)))
+
+    @pytest.mark.parametrize("mode", ["default dtype", "default device", "fake"])
+    def test_what_else_is_in_force_changes_nothing(self, mode: str) -> None:
+        layer, x = make_layer(64, 48, 3), torch.ones(2, 64)
+        expected = linear(x, layer.dequantize(), layer.bias)
+
+        def run() -> bool:  # in a thread without a workspace
+            if mode == "default dtype":
+                torch.set_default_dtype(torch.bfloat16)
+                same = torch.equal(layer(x), expected)
+                torch.set_default_dtype(torch.float32)
+            elif mode == "default device":
+                with torch.device("meta"):
+                    same = torch.equal(layer(x), expected)
+            else:
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    layer(x)
+                same = True
+            return same and torch.equal(layer(x), expected)
+
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(run).result()
 
     def test_threads_do_not_share_it(self) -> None:
         torch.manual_seed(0)

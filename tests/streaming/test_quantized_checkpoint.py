@@ -11,7 +11,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAQuantConfig, BitRankPlan, LayerPlan, QuantizerSettings, calibrate_plan
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
@@ -213,6 +213,18 @@ def test_int8_layers_are_saved_and_read_again(tiny_llama: TinyLlamaFactory, tmp_
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [(AutoModelForCausalLM, AutoModel), (AutoModel, AutoModelForCausalLM)])
+@pytest.mark.filterwarnings("ignore")  # of a head that has no weights, or has no place
+def test_a_class_with_or_without_its_head_reads_it(tiny_llama, tmp_path: Path, saved: type, loaded: type) -> None:
+    folder = save_base(tiny_llama, tmp_path)
+    saved.from_pretrained(folder, quantization_config=AutoQRAQuantConfig(bits=3)).save_pretrained(tmp_path / "one")
+    model = loaded.from_pretrained(tmp_path / "one")
+    expected = loaded.from_pretrained(folder, quantization_config=AutoQRAQuantConfig(bits=3))
+    assert_same_codes(model, expected)
+    model.save_pretrained(tmp_path / "two")
+    assert_same_codes(loaded.from_pretrained(tmp_path / "two"), expected)
+
+
 def test_codes_found_by_error_feedback_go_the_same_ways(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     folder = save_base(tiny_llama, tmp_path)
     layers = {name: LayerPlan(3, 2) for name in linear_targets(load_dense(folder))}
@@ -229,3 +241,9 @@ def test_codes_found_by_error_feedback_go_the_same_ways(tiny_llama: TinyLlamaFac
         assert torch.equal(logits(model), logits(expected))
     with pytest.raises(InvalidPlanError, match="'gptq' needs a calibrated plan"):
         load_streaming(folder, AutoQRAQuantConfig(plan=plan.replace(calibration=None, initialization="zero")))
+
+
+def test_a_quantized_base_is_refused_where_plans_are_made(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    model = load_streaming(save_base(tiny_llama, tmp_path), AutoQRAQuantConfig(bits=3))
+    with pytest.raises(InvalidPlanError, match="quantized already, so there is nothing left to plan"):
+        linear_targets(model)

@@ -289,10 +289,13 @@ def test_modules_on_the_disk_are_refused(tiny_llama: TinyLlamaFactory, tmp_path:
 
 
 def test_a_device_map_counts_quantized_bytes(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
-    folder = save_base(tiny_llama, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=AutoQRAQuantConfig(bits=3, group_size=32), device_map="cpu"
-    )
+    """Where the 16-bit model would not fit, transformers would put modules on the disk, which is refused."""
+    folder = save_base(tiny_llama, tmp_path, num_hidden_layers=6, dtype="float32")
+    dense = sum(tensor.nbytes for tensor in load_dense(folder).state_dict().values())
+    memory = {"device_map": "auto", "max_memory": {"cpu": dense // 2}, "offload_folder": tmp_path / "offload"}
+    load = AutoModelForCausalLM.from_pretrained
+    assert "disk" in load(folder, **memory).hf_device_map.values()
+    model = load(folder, quantization_config=AutoQRAQuantConfig(bits=3, group_size=32), **memory)
     assert torch.equal(logits(model), logits(load_streaming(folder, AutoQRAQuantConfig(bits=3, group_size=32))))
 
 
