@@ -56,22 +56,29 @@ def main() -> None:
         "reviews": bench.batches(read_text(assets["imdb"], "test")[: options.num_eval_sequences]),
         "code": bench.batches(source_code()[: options.num_eval_sequences]),
     }
-    with tempfile.TemporaryDirectory() as cache:
-        losses = bench.losses(train, texts, Path(cache))
-        switching = bench.switching(train, Path(cache))
-    report = {
+    common = {
         "device": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in PACKAGES},
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "settings": {key: str(value) for key, value in vars(options).items()},
-        "losses": losses,
-        "switching": switching,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print_report(losses, switching)
-    print(f"\nwritten to {options.output}")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache:
+        if "losses" in options.parts:
+            losses = bench.losses(train, texts, Path(cache))
+            print_losses(losses)
+            save(options.output_dir / "smollm2-losses.json", {**common, "losses": losses})
+        if "switching" in options.parts:
+            switching = bench.switching(train, Path(cache))
+            print_switching(switching)
+            save(options.output_dir / "smollm2-switching.json", {**common, "switching": switching})
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
 
 
 def parse_options() -> argparse.Namespace:
@@ -81,7 +88,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num_eval_sequences", type=int, default=64)
     parser.add_argument("--max_length", type=int, default=96, help="tokens of a sequence")
     parser.add_argument("--quick", action="store_true", help="3 bits and the native backend only")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/smollm2-cpu.json"))
+    parser.add_argument("--parts", nargs="+", choices=("losses", "switching"), default=["losses", "switching"])
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
 
 
@@ -222,8 +230,8 @@ def _switch_ms(resident: ResidentModel, bank: CalibrationBank, share: int, *, wi
     return round(1000 * statistics.median(seconds[8:]), 2)
 
 
-def print_report(losses: list[dict[str, Any]], switching: dict[str, float]) -> None:
-    """Tables, and the lines that a release has to reach."""
+def print_losses(losses: list[dict[str, Any]]) -> None:
+    """A table, and the lines that a release has to reach."""
     by_name = {row["name"]: row for row in losses}
     dense, nf4 = by_name["16 bits"], by_name["NF4, zero start"]
     keys = [key for key in dense if key.startswith("loss_")]
@@ -240,6 +248,10 @@ def print_report(losses: list[dict[str, Any]], switching: dict[str, float]) -> N
             if row is not None:
                 margin = row["loss_reviews"] - reference["loss_reviews"]
                 print(f"{row['name']} - {reference['name']}: {margin:+.4f} (at most {limit:+.2f} wanted)")
+
+
+def print_switching(switching: dict[str, float]) -> None:
+    """A table."""
     print("\nplan switch, milliseconds (under 50 wanted materialized, under 200 packed)")
     for key, value in switching.items():
         print(f"{key:60}{value:8}")

@@ -99,8 +99,8 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
             )
         if self.plan is not None and base_fingerprint not in (None, self.plan.base_model.fingerprint):
             raise InvalidPlanError(
-                f"base_fingerprint={base_fingerprint!r} is not the plan's, {self.plan.base_model.fingerprint!r}; leave "
-                "it out, or change it with plan.replace(base_model=...)."
+                f"base_fingerprint={base_fingerprint!r} is not the plan's, {self.plan.base_model.fingerprint!r}; "
+                "leave it out, or change it with plan.replace(base_model=...)."
             )
         self.to_adapter_config()
 
