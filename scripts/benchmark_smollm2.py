@@ -205,6 +205,8 @@ class Benchmark:
             mode = "materialized" if materialize else "packed"
             model = self.load()
             resident = ResidentModel(model, linear_targets(model), bank, materialize=materialize)
+            for bits in bit_choices:  # as after the first trials of a search
+                resident.load(uniform_plan(self.load(), bits, RANK), with_corrections=False)
             for share in (5, 1):
                 changed = f"{mode}, 1 of {share} modules changes" if share > 1 else f"{mode}, all modules change"
                 for with_corrections in (False, True):

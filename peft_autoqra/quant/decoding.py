@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from peft_autoqra.quant import compiled_decode
 from peft_autoqra.quant.packing import unpack_codes
 
-CHUNK_WEIGHTS_PER_THREAD = 2**18
+CHUNK_WEIGHTS_PER_THREAD = 2**19
 """Weights that a thread decodes at a time: with their intermediate values they stay in a core's cache, and there are
 few enough chunks that threads do not wait for each other much."""
 
