@@ -243,7 +243,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def main() -> None:
     """Run all cases and write them down."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two shapes, bf16, at most 512 tokens")
+    parser.add_argument("--quick", action="store_true", help="two shapes, bf16, at most 512 tokens; writes no file")
     parser.add_argument(
         "--no_compile", action="store_true", help="on a CPU, decode large layers by PyTorch's own operations too"
     )
@@ -268,6 +268,8 @@ def main() -> None:
             footprints += rows_of_bytes
             del linear, layers
             gc.collect()
+    if arguments.quick and arguments.output is None:  # the results that are kept are whole ones
+        return
     output = arguments.output or Path(f"benchmarks/results/layers-{arguments.device.type}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     rows_as_json = {"timings": [asdict(row) for row in timings], "footprints": [asdict(row) for row in footprints]}

@@ -76,7 +76,9 @@ def main() -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON."""
+    """Write JSON, unless it is of a quick run: the results that are kept are whole ones."""
+    if content["settings"]["quick"] == "True":
+        return
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
 
@@ -87,7 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num_calibration_sequences", type=int, default=128)
     parser.add_argument("--num_eval_sequences", type=int, default=64)
     parser.add_argument("--max_length", type=int, default=96, help="tokens of a sequence")
-    parser.add_argument("--quick", action="store_true", help="3 bits and the native backend only")
+    parser.add_argument("--quick", action="store_true", help="3 bits and the native backend only; writes no file")
     parser.add_argument("--parts", nargs="+", choices=("losses", "switching"), default=["losses", "switching"])
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()

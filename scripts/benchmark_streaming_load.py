@@ -147,6 +147,7 @@ def main() -> None:
     """Run the comparison, or with ``--measure`` one load of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/streaming-load.json"))
+    parser.add_argument("--quick", action="store_true", help="bfloat16 only; writes no file")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--num_layers", type=int, default=16, help="16 make 214 million parameters")
     parser.add_argument("--make", type=int, help=argparse.SUPPRESS)
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    dtypes = ("bfloat16",) if args.quick else ("bfloat16", "float32")
     if args.make:
         make_checkpoint(args.folder, args.make)
         return
@@ -168,7 +170,7 @@ def main() -> None:
         num_parameters = index["metadata"]["total_size"] // 2
         shards = len(list(folder.glob("*.safetensors")))
         print(f"{num_parameters / 1e6:.0f}M parameters, bfloat16, {shards} shards, to {args.bits} bits", flush=True)
-        comparisons = {dtype: compare(folder, dtype, args.bits) for dtype in ("bfloat16", "float32")}
+        comparisons = {dtype: compare(folder, dtype, args.bits) for dtype in dtypes}
     content = {
         "num_parameters": num_parameters,
         "num_shards": shards,
@@ -178,8 +180,9 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
         "comparisons": comparisons,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=2) + "\n")
+    if not args.quick:  # the results that are kept are whole ones
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

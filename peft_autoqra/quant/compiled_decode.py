@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from functools import cache
@@ -82,7 +83,7 @@ def decode_compiled(dense: Tensor, codes: Tensor, scale: Tensor, offset: Tensor,
 
 @cache
 def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in _COMPILERS)
+    return any(shutil.which(name) for name in (os.environ.get("CXX", _COMPILERS[0]), *_COMPILERS))
 
 
 @cache
