@@ -18,7 +18,7 @@ from peft_autoqra.quant.packing import unpack_codes
 LARGE_WEIGHT = 2**22
 """Weights of a layer from which compiling pays by itself: some seconds once, then less than half the time per pass."""
 
-_WEIGHTS_AT_ONCE = 2**23
+_WEIGHTS_AT_ONCE = 2**24
 """The kernel's words of unpacked codes are fresh memory: 16 MB, which the system hands out quickly."""
 
 _COMPILERS = ("g++", "clang++", "c++", "cl")
