@@ -97,6 +97,10 @@ class SearchSetup:
             quantizer=self.quantizer,
             fit=FitSettings(max_rank=self.space.rank_choices[-1]),
         )
+        # of the unquantized model, before any candidate's weights take the place of its own
+        self.statistics_fingerprint = calibration_fingerprint(
+            inputs.model, self.calibration_batches, self.bank_settings.module_names, CalibrationOptions()
+        )
         self.base_model = BaseModelInfo(
             name_or_path=inputs.model.config.name_or_path or None,
             revision=getattr(inputs.model.config, "_commit_hash", None),
@@ -124,7 +128,12 @@ class SearchSetup:
     def calibration_bank(self, cache_dir: Path, *, show_progress: bool) -> CalibrationBank:
         """The model's calibration: what the cache lacks of it is measured and kept there."""
         return build_calibration_bank(
-            self.model, self.calibration_batches, self.bank_settings, directory=cache_dir, show_progress=show_progress
+            self.model,
+            self.calibration_batches,
+            self.bank_settings,
+            directory=cache_dir,
+            statistics_fingerprint=self.statistics_fingerprint,
+            show_progress=show_progress,
         )
 
     def calibration_bytes(self) -> tuple[int, int]:
@@ -168,11 +177,7 @@ class SearchSetup:
             **recipe,
             "budget_bytes": self.budget.limit_bytes,
             "model": self.base_model.fingerprint,
-            "calibration": self.bank_settings.fingerprint(
-                calibration_fingerprint(
-                    self.model, self.calibration_batches, self.bank_settings.module_names, CalibrationOptions()
-                )
-            ),
+            "calibration": self.bank_settings.fingerprint(self.statistics_fingerprint),
             "train_dataset": _digest(self.data.train),
             "eval_dataset": _digest(self.data.held_out),
         }

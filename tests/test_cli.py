@@ -333,7 +333,7 @@ class TestCalibrate:
         assert cli.main(["calibrate", *flags]) == 0
         text = capsys.readouterr().out
         assert f"{table.rises[:, table.bit_choices.index(2), 0].sum():.4g}" in text
-        monkeypatch.setattr(calibration_bank, "calibrate", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(calibration_bank, "calibrate", lambda *_, **__: pytest.fail("measured again"))
         assert cli.main(["search", *flags]) == 0
 
     def test_a_dry_run_tells_how_much_will_be_kept(self, tiny, calibrated, capsys, tmp_path):

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
-from peft_autoqra.importance.bank_store import BankEntry
 from peft_autoqra.importance.calibration import CalibrationOptions, calibrate, linear_weights
-from peft_autoqra.importance.calibration_bank import as_correction
+from peft_autoqra.importance.calibration_bank import bank_entry
 from peft_autoqra.importance.module_fit import FitSettings, calibrated_modules
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan
 from peft_autoqra.plan_calibration import PlanCalibration
-from peft_autoqra.quant.backends import calibrated_backend, make_backend
+from peft_autoqra.quant.backends import calibrated_backend
+from peft_autoqra.tuner.preparation import check_shape_and_rank
 
 
 def calibrate_plan(
@@ -53,7 +52,9 @@ def calibrate_plan(
     if not names:
         return plan.replace(initialization="compensate", calibration=PlanCalibration())
     for name, weight in linear_weights(model, names):
-        _check(name, plan, (weight.shape[0], weight.shape[1]))
+        shape = (weight.shape[0], weight.shape[1])
+        backend.num_bytes(*shape, plan[name].bits, name)
+        check_shape_and_rank(name, shape, plan[name], plan)
     options = CalibrationOptions(directory=None if cache_dir is None else Path(cache_dir))
     statistics = calibrate(model, batches, names, options)
     moments, corrections, codes = {}, {}, {}
@@ -61,28 +62,12 @@ def calibrate_plan(
         for module in calibrated_modules(linear_weights(model, names), statistics):
             name, layer = module.name, plan[module.name]
             fit = module.fit(backend.fit, layer.bits, replace(settings, max_rank=layer.rank))
-            moment = module.statistics.input_second_moment.cpu().numpy()
-            entry = BankEntry(fit.weight.to("cpu"), as_correction(fit), fit.rises.numpy(), moment)
+            entry = bank_entry(module, fit)
             if backend.keeps_codes or (alternations and layer.rank):
                 codes[name] = entry.codes
             else:
-                moments[name] = moment
+                moments[name] = entry.input_second_moment
             if layer.rank:
                 corrections[name] = entry.correction
     calibration = PlanCalibration(input_second_moments=moments, corrections=corrections, codes=codes)
     return plan.replace(initialization="compensate", calibration=calibration)
-
-
-def _check(name: str, plan: BitRankPlan, shape: tuple[int, int]) -> None:
-    """What would be found only after the calibration, or when the plan is applied."""
-    make_backend(plan.quantizer).num_bytes(*shape, plan[name].bits, name)
-    if plan.shapes.get(name, shape) != shape:
-        raise PlanMismatchError(
-            f"The plan was made for a weight of shape {plan.shapes[name]} at {name!r}, the model has {shape}; use the "
-            f"base model that the plan names ({plan.base_model.name_or_path})."
-        )
-    if plan[name].rank > min(shape):
-        raise InvalidPlanError(
-            f"rank {plan[name].rank} of {name!r} is above the smaller side of its weight {shape}; use at most "
-            f"{min(shape)}."
-        )

@@ -73,6 +73,8 @@ def calibrate(
     batches: Iterable[Mapping[str, Any]],
     module_names: Sequence[str],
     options: CalibrationOptions | None = None,
+    *,
+    fingerprint: str | None = None,
 ) -> CalibrationStatistics:
     """Measure input and output-gradient second moments; see :class:`ModuleStatistics` for what they estimate.
 
@@ -96,6 +98,7 @@ def calibrate(
             are held in memory.
         module_names: dotted names of ``nn.Linear`` or transformers' ``Conv1D`` modules.
         options: seed, directory and limits.
+        fingerprint: from :func:`calibration_fingerprint`, where it is known; it reads the whole model.
 
     Returns:
         Statistics of the modules in the order given, on the CPU; mapped from the directory's files where there is one.
@@ -111,7 +114,7 @@ def calibrate(
     prepared = [batch for batch in prepared if batch.num_predictions]
     if not prepared:
         raise CalibrationError("The calibration data holds no token to predict; give non-empty texts with labels.")
-    fingerprint = calibration_fingerprint(model, given, module_names, options)
+    fingerprint = fingerprint or calibration_fingerprint(model, given, module_names, options)
     directory = None if options.directory is None else options.directory / f"statistics-{fingerprint}"
     store = StatisticsStore(directory, fingerprint)
     with one_at_a_time(directory):

@@ -143,6 +143,7 @@ def build_calibration_bank(
     settings: BankSettings,
     *,
     directory: Path | None = None,
+    statistics_fingerprint: str | None = None,
     show_progress: bool = False,
 ) -> CalibrationBank:
     """Calibrate, quantize every module at every bit-width, and decompose the errors.
@@ -153,6 +154,7 @@ def build_calibration_bank(
         settings: what to make.
         directory: where statistics and entries are kept. What is there already is not made again, so a build that was
             stopped goes on, and other bit-widths or quantizers need no second calibration. None keeps all in memory.
+        statistics_fingerprint: from :func:`calibration_fingerprint`, where it is known; it reads the whole model.
         show_progress: show progress bars.
 
     Raises:
@@ -162,33 +164,41 @@ def build_calibration_bank(
     batches = list(batches)
     options = CalibrationOptions(directory=directory, show_progress=show_progress)
     names = settings.module_names
-    fingerprint = settings.fingerprint(calibration_fingerprint(model, batches, names, options))
+    statistics_fingerprint = statistics_fingerprint or calibration_fingerprint(model, batches, names, options)
+    fingerprint = settings.fingerprint(statistics_fingerprint)
     folder = None if directory is None else directory / f"bank-{fingerprint}"
     store = BankStore(folder)
     with one_at_a_time(folder):
-        missing = {name: [bits for bits in settings.bit_choices if store.get(name, bits) is None] for name in names}
-        missing = {name: bits for name, bits in missing.items() if bits}
+        found = {(name, bits): store.get(name, bits) for name in names for bits in settings.bit_choices}
+        missing: dict[str, list[int]] = {}
+        for (name, bits), entry in found.items():
+            if entry is None:
+                missing.setdefault(name, []).append(bits)
         if missing:
-            statistics = calibrate(model, batches, names, options)
+            statistics = calibrate(model, batches, names, options, fingerprint=statistics_fingerprint)
             modules = calibrated_modules(linear_weights(model, missing), statistics)
             for module in tqdm(modules, "scoring bits and ranks", len(missing), disable=not show_progress):
                 _fit_module(module, missing[module.name], settings, store)
-    entries = {(name, bits): store.get(name, bits) for name in names for bits in settings.bit_choices}
+    entries = {key: entry or store.get(*key) for key, entry in found.items()}
     return CalibrationBank(settings, fingerprint, {key: entry for key, entry in entries.items() if entry is not None})
 
 
 @torch.no_grad()
 def _fit_module(module: CalibratedModule, bit_choices: list[int], settings: BankSettings, store: BankStore) -> None:
     quantize = calibrated_backend(settings.quantizer).fit
-    moment = module.statistics.input_second_moment.cpu().numpy()
     for bits in bit_choices:
-        fit = module.fit(quantize, bits, settings.fit)
-        store.put(module.name, bits, BankEntry(fit.weight.to("cpu"), as_correction(fit), fit.rises.numpy(), moment))
+        store.put(module.name, bits, bank_entry(module, module.fit(quantize, bits, settings.fit)))
 
 
-def as_correction(fit: ModuleFit) -> Correction:
-    """The correction of a fit, as a plan stores it."""
-    return Correction(left=_to_float16(fit.left), right=_to_float16(fit.right))
+def bank_entry(module: CalibratedModule, fit: ModuleFit) -> BankEntry:
+    """A fit on the CPU, its correction as a plan stores it.
+
+    Raises:
+        CalibrationError: the correction holds values that float16 cannot.
+    """
+    correction = Correction(left=_to_float16(fit.left), right=_to_float16(fit.right))
+    moment = module.statistics.input_second_moment.cpu().numpy()
+    return BankEntry(fit.weight.to("cpu"), correction, fit.rises.numpy(), moment)
 
 
 def _to_float16(tensor: Tensor) -> npt.NDArray[np.float16]:

@@ -226,7 +226,7 @@ def _check_target(target: Target, config: AutoQRAConfig) -> None:
         )
     elif wanted.bits != DENSE_BITS:
         make_backend(config.quantizer).check(*target.shape, wanted.bits, module_calibration(target, config), name)
-    _check_shape_and_rank(target, config)
+    check_shape_and_rank(name, target.shape, wanted, config.plan)
     _check_correction(target, config)
 
 
@@ -252,17 +252,22 @@ def module_calibration(target: Target, config: AutoQRAConfig) -> ModuleCalibrati
     return config.calibration.module(target.name) if config.calibration else None
 
 
-def _check_shape_and_rank(target: Target, config: AutoQRAConfig) -> None:
-    name, wanted = target.name, target.wanted
-    if config.plan is not None and config.plan.shapes.get(name, target.shape) != target.shape:
+def check_shape_and_rank(name: str, shape: tuple[int, int], wanted: LayerPlan, plan: BitRankPlan | None) -> None:
+    """Whether a layer is the one that a plan was made for, and can have its rank.
+
+    Raises:
+        PlanMismatchError: the plan says another shape.
+        InvalidPlanError: the rank is above the smaller side.
+    """
+    if plan is not None and plan.shapes.get(name, shape) != shape:
         raise PlanMismatchError(
-            f"The plan was made for a weight of shape {config.plan.shapes[name]} at {name!r}, the model has "
-            f"{target.shape}; use the base model that the plan names ({config.plan.base_model.name_or_path})."
+            f"The plan was made for a weight of shape {plan.shapes[name]} at {name!r}, the model has {shape}; use the "
+            f"base model that the plan names ({plan.base_model.name_or_path})."
         )
-    if wanted.rank > min(target.shape):
+    if wanted.rank > min(shape):
         raise InvalidPlanError(
-            f"rank {wanted.rank} of {name!r} is above the smaller side of its weight {target.shape}; "
-            f"use at most {min(target.shape)}."
+            f"rank {wanted.rank} of {name!r} is above the smaller side of its weight {shape}; use at most "
+            f"{min(shape)}."
         )
 
 

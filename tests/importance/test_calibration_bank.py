@@ -52,7 +52,7 @@ def assert_same(found, wanted) -> None:
 def test_disk_and_memory_hold_the_same_and_nothing_is_made_twice(model, names, tmp_path, monkeypatch, backend):
     in_memory = build_calibration_bank(model, batches(), settings(names, backend))
     assert_same(build_calibration_bank(model, batches(), settings(names, backend), directory=tmp_path), in_memory)
-    monkeypatch.setattr(calibration_bank, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(calibration_bank, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     assert_same(build_calibration_bank(model, batches(), settings(names, backend), directory=tmp_path), in_memory)
 
 

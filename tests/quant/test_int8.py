@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_autoqra.plan import QuantizerSettings
 from peft_autoqra.quant.backends import BitsAndBytesBackend, dense_linear
 from peft_autoqra.quant.int8 import Int8Linear
+from tests.quant.dense_reference import assert_computes_as_dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLUMNS = 64, 128
@@ -120,18 +121,7 @@ def test_bytes_equal_the_closed_form(shape: tuple[int, int]) -> None:
 def test_forward_and_gradients_equal_the_dense_layer_to_the_last_bit(
     dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
 ) -> None:
-    layer = Int8Linear(make_dense(dtype=dtype, bias=bias))
-    weight = layer.dequantize(dtype)
-    x = torch.randn(shape, dtype=dtype, requires_grad=True)
-    output = layer(x)
-    assert output.dtype == dtype
-    assert torch.equal(output, linear(x, weight, layer.bias))
-    gradient = torch.randn_like(output)
-    output.backward(gradient)
-    assert x.grad is not None
-    assert torch.equal(x.grad, gradient @ weight)
-    if bias:
-        torch.testing.assert_close(layer.bias.grad, gradient.reshape(-1, ROWS).sum(0))
+    assert_computes_as_dense(Int8Linear(make_dense(dtype=dtype, bias=bias)), shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

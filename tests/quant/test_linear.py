@@ -17,6 +17,7 @@ from peft_autoqra.plan import QuantizerSettings
 from peft_autoqra.quant.backends import NativeBackend, dense_linear
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.packing import NATIVE_BITS
+from tests.quant.dense_reference import assert_computes_as_dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLUMNS = 24, 48
@@ -36,19 +37,7 @@ def make_layer(bits: int, *, bias: bool = True, dtype: torch.dtype = torch.float
 def test_forward_and_gradients_equal_the_dense_layer_to_the_last_bit(
     bits: int, dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
 ) -> None:
-    layer = make_layer(bits, bias=bias, dtype=dtype)
-    weight = layer.dequantize(dtype)
-    x = torch.randn(shape, dtype=dtype, requires_grad=True)
-    output = layer(x)
-    assert output.dtype == dtype
-    assert torch.equal(output, linear(x, weight, layer.bias))
-
-    gradient = torch.randn_like(output)
-    output.backward(gradient)
-    assert x.grad is not None
-    assert torch.equal(x.grad, gradient @ weight)
-    if bias:
-        torch.testing.assert_close(layer.bias.grad, gradient.reshape(-1, ROWS).sum(0))
+    assert_computes_as_dense(make_layer(bits, bias=bias, dtype=dtype), shape, dtype)
 
 
 @pytest.mark.parametrize("bits", NATIVE_BITS)
