@@ -17,7 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from peft_autoqra.errors import AutoQRAError, InvalidPlanError
-from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
 from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.streaming.empty_layers import fitting_names, put_empty_layers
 from peft_autoqra.streaming.quant_config import METHOD, AutoQRAQuantConfig
@@ -151,7 +151,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QUANTIZED_LAYERS)]:
-            model.set_submodule(name, dense_linear(layer).to(dtype))
+            model.set_submodule(name, dense_layer(layer).to(dtype))
         return model
 
 

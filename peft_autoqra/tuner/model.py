@@ -10,10 +10,13 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
-from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
+from peft_autoqra.dense_layers import is_dense_layer
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
+from peft_autoqra.target_modules import check_no_fused_experts
+from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights
 from peft_autoqra.tuner.layer import QuantLoRALinear
-from peft_autoqra.tuner.preparation import include_all_linear_layers, quantize_base, replace_layer
+from peft_autoqra.tuner.preparation import quantize_base, replace_layer
+from peft_autoqra.tuner.targets import include_all_linear_layers
 
 
 class QuantLoRAModel(LoraModel):  # type: ignore[misc]
@@ -31,7 +34,16 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         InvalidPlanError: the configuration does not fit the model; the model is unchanged then.
     """
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse what PEFT's own preparations would hide, then inject."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config, AutoQRAConfig) and config.target_modules == "all-linear":
+            check_no_fused_experts(model)  # PEFT turns them into target_parameters
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if any(map(_is_quantized, model.modules())):
+            check_leaves_weights(peft_config)
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, AutoQRAConfig):
             earlier = [c for c in self.peft_config.values() if c is not peft_config and isinstance(c, AutoQRAConfig)]
@@ -59,7 +71,7 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        planned = isinstance(lora_config, AutoQRAConfig) and type(target) is nn.Linear
+        planned = isinstance(lora_config, AutoQRAConfig) and is_dense_layer(target)
         if planned or isinstance(target, QUANTIZED_LAYERS):
             return QuantLoRALinear(target, adapter_name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
@@ -74,7 +86,7 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         if merge:
             quantized = [(name, module) for name, module in unloaded.named_modules() if _is_quantized(module)]
             for name, module in quantized:
-                replace_layer(unloaded, name, dense_linear(module))
+                replace_layer(unloaded, name, dense_layer(module))
             quantizer = getattr(unloaded, "hf_quantizer", None)
             if quantizer is not None and quantizer.quantization_config.quant_method == "autoqra":
                 quantizer.remove_quantization_config(unloaded)  # else it would be saved as a quantized checkpoint
