@@ -97,7 +97,7 @@ class WeightStream:
                     "get_peft_model(model, AutoQRAConfig(...))."
                 )
             if isinstance(layer, (*DENSE_LAYERS, *QUANTIZED_LAYERS)):
-                modules[name] = _describe(layer)
+                modules[name] = describe_layer(layer)
         fingerprint = self._fingerprint(model)
         check_fingerprint(fingerprint, self._adapter_config)
         return self._config.loaded(modules, fingerprint)
@@ -119,7 +119,7 @@ def _mark_initialized(layer: nn.Module) -> None:
         part._is_hf_initialized = True
 
 
-def _describe(layer: Any) -> QuantizedModule:
+def describe_layer(layer: Any) -> QuantizedModule:
     """What config.json notes about a linear layer, quantized or not."""
     if is_dense_layer(layer):
         return QuantizedModule(bits=DENSE_BITS, shape=dense_shape(layer))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -11,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from peft_autoqra.dense_layers import is_dense_layer
+from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
 from peft_autoqra.target_modules import check_no_fused_experts
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights
@@ -33,6 +35,9 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
     Raises:
         InvalidPlanError: the configuration does not fit the model; the model is unchanged then.
     """
+
+    note_base: ClassVar[Callable[[nn.Module, BitRankPlan | None], None] | None] = None
+    """Set by ``streaming``: records on an unloaded base how it is quantized, so that it can be saved."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Refuse what PEFT's own preparations would hide, then inject."""
@@ -77,12 +82,12 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        """After merging, layers without an adapter are dequantized too, so that the model reloads anywhere."""
+        """A merged model is dequantized as a whole and reloads anywhere; one without adapters stays quantized."""
         if not merge:
             for module in self.model.modules():
                 if isinstance(module, QuantLoRALinear) and module.merged:
                     module.unmerge()
-        unloaded = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
             quantized = [(name, module) for name, module in unloaded.named_modules() if _is_quantized(module)]
             for name, module in quantized:
@@ -90,6 +95,9 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             quantizer = getattr(unloaded, "hf_quantizer", None)
             if quantizer is not None and quantizer.quantization_config.quant_method == "autoqra":
                 quantizer.remove_quantization_config(unloaded)  # else it would be saved as a quantized checkpoint
+        elif QuantLoRAModel.note_base is not None:
+            plans = (config.plan for config in self.peft_config.values() if isinstance(config, AutoQRAConfig))
+            QuantLoRAModel.note_base(unloaded, next(plans, None))
         return unloaded
 
 
