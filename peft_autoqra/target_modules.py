@@ -29,7 +29,8 @@ def linear_targets(model: nn.Module, target_modules: str | Iterable[str] = "all-
     if target_modules == "all-linear":
         check_no_fused_experts(model)
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
-    config = _maybe_include_all_linear_layers(LoraConfig(target_modules=wanted), model)
+    config = LoraConfig(target_modules=wanted, task_type="SEQ_CLS")  # leaves out classification heads, too
+    config = _maybe_include_all_linear_layers(config, model)
     targets: dict[str, DenseLayer] = {}
     for name, module in model.named_modules():
         found = check_target_module_exists(config, name)

@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 REPOSITORY = Path(__file__).parent.parent
+pytest_plugins = ["tests.conformance.table"]
 
 
 @dataclass(frozen=True, kw_only=True)

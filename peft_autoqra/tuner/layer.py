@@ -6,11 +6,12 @@ import copy
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_autoqra.dense_layers import dense_shape
+from peft_autoqra.dense_layers import as_linear, dense_shape, make_dense_layer
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
 
 
@@ -21,12 +22,14 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
     latter aside. So merging loses nothing to a second quantization, and unmerging restores codes and weights exactly.
     """
 
-    base_layer: nn.Module
+    base_layer: Any
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         """As PEFT's ``lora.Linear``."""
-        super().__init__(base_layer, adapter_name, **kwargs)
-        self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # and not what the configuration says of all layers
+        if config.fan_in_fan_out != isinstance(base_layer, Conv1D):  # true of this layer, whatever holds for others
+            config = copy.copy(config)
+            config.fan_in_fan_out = not config.fan_in_fan_out
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self._unmerged_layer: list[nn.Module] = []  # in a list, so that it is no submodule while merged
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
@@ -44,7 +47,8 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
         if not self._unmerged_layer:
             base = self.base_layer
             self._unmerged_layer = [base]
-            self._set_base_layer(dense_layer(base) if isinstance(base, QUANTIZED_LAYERS) else copy.deepcopy(base))
+            quantized = isinstance(base, QUANTIZED_LAYERS)
+            self.base_layer = as_linear(dense_layer(base)) if quantized else copy.deepcopy(base)
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         finally:
@@ -62,11 +66,22 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
     def _restore(self) -> None:
         if self._unmerged_layer:
             device = next(self.base_layer.parameters()).device
-            self._set_base_layer(self._unmerged_layer.pop().to(device))
+            self.base_layer = self._unmerged_layer.pop().to(device)
 
-    def _set_base_layer(self, layer: nn.Module) -> None:
-        self.base_layer = layer
-        self.fan_in_fan_out = isinstance(layer, Conv1D)
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT puts in the place of this layer: merged, of the class that was quantized; or the base layer."""
+        if not merge:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        unmerged = self._unmerged_layer[0] if self._unmerged_layer else None
+        if not isinstance(unmerged, QUANTIZED_LAYERS):
+            return self.base_layer
+        merged = self.base_layer
+        return make_dense_layer(unmerged.dense_class, merged.weight, merged.bias).train(self.training)
 
     def __repr__(self) -> str:
         """PEFT's convention: ``lora.`` and the class."""

@@ -12,10 +12,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from peft_autoqra.dense_layers import is_dense_layer
-from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan import BitRankPlan, LayerPlan
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
 from peft_autoqra.target_modules import check_no_fused_experts
-from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights
+from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights, exact_pattern
 from peft_autoqra.tuner.layer import QuantLoRALinear
 from peft_autoqra.tuner.preparation import quantize_base, replace_layer
 from peft_autoqra.tuner.targets import include_all_linear_layers
@@ -57,6 +57,38 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         else:
             include_all_linear_layers(peft_config, model)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As PEFT's, whose result has wrong scalings with rsLoRA and cannot be read again with ranks by module."""
+        first = self.peft_config.get(adapters[0])
+        if not isinstance(first, AutoQRAConfig) or adapter_name in self.peft_config:
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+            return
+        self.peft_config[adapters[0]] = plain = copy.copy(first)
+        plain.use_rslora = False  # PEFT folds the scalings in and counts on lora_alpha / r being 1
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        finally:
+            self.peft_config[adapters[0]] = first
+        self._note_ranks(adapter_name)
+
+    def _note_ranks(self, adapter_name: str) -> None:
+        """Make the configuration say what ranks the layers really have, each with a scaling of 1."""
+        config = self.peft_config[adapter_name]
+        layers = dict(config.plan)
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+                rank = module.lora_A[adapter_name].weight.shape[0]
+                module.r[adapter_name] = module.lora_alpha[adapter_name] = rank
+                layers[name] = LayerPlan(layers[name].bits, rank)
+                if rank != config.r:
+                    config.rank_pattern[exact_pattern(name)] = config.alpha_pattern[exact_pattern(name)] = rank
+        config.plan = config.plan.replace(layers=layers)
+
     def _create_and_replace(
         self,
         lora_config: Any,
@@ -83,10 +115,6 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         """A merged model is dequantized as a whole and reloads anywhere; one without adapters stays quantized."""
-        if not merge:
-            for module in self.model.modules():
-                if isinstance(module, QuantLoRALinear) and module.merged:
-                    module.unmerge()
         unloaded: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
             quantized = [(name, module) for name, module in unloaded.named_modules() if _is_quantized(module)]

@@ -10,8 +10,10 @@ from typing import Any
 from peft import PeftModel
 from peft.config import PeftConfigMixin, _check_and_remove_unused_kwargs
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType
-from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from peft.tuners.lora import LoraLayer
+from peft.tuners.mixed import MixedModel
+from peft.utils import PeftType, hotswap
+from peft.utils.other import get_pattern_key
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import FORMAT_VERSION, locate_file
@@ -37,7 +39,9 @@ def register() -> None:
     PeftConfigMixin.from_peft_type = classmethod(_recognizing(PeftConfigMixin.from_peft_type.__func__))
     PeftConfigMixin.from_pretrained = classmethod(_with_calibration(PeftConfigMixin.from_pretrained.__func__))
     PeftModel.get_nb_trainable_parameters = _counting_weights(PeftModel.get_nb_trainable_parameters)
-    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += _BASE_KEYS
+    MixedModel._check_new_adapter_config = _refusing(MixedModel._check_new_adapter_config)
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA] += _BASE_KEYS
+    hotswap.hotswap_adapter_from_state_dict = _with_scalings(hotswap.hotswap_adapter_from_state_dict)
 
 
 def _recognizing(original: Any) -> Any:
@@ -89,6 +93,43 @@ def _counting_weights(original: Any) -> Any:
         return num_trainable, num_all
 
     return get_nb_trainable_parameters
+
+
+def _refusing(original: Any) -> Any:
+    @wraps(original)
+    def _check_new_adapter_config(self: Any, config: Any) -> None:
+        if isinstance(config, AutoQRAConfig):
+            raise InvalidPlanError(
+                "A PeftMixedModel (mixed=True) would not quantize the base. Leave out mixed=True: several AutoQRA and "
+                "LoRA adapters can be used without."
+            )
+        original(self, config)
+
+    return _check_new_adapter_config
+
+
+def _with_scalings(original: Any) -> Any:
+    """PEFT 0.21 matches patterns with names of tensors here, so that none ever does and all scalings are equal."""
+
+    @wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        original(model, state_dict, adapter_name, config, *args, **kwargs)
+        if not isinstance(config, AutoQRAConfig):
+            return
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer) and adapter_name in module.scaling:
+                name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
+                hotswap._update_scaling(module, adapter_name, _scaling(config, name))
+
+    return hotswap_adapter_from_state_dict
+
+
+def _scaling(config: AutoQRAConfig, module_name: str) -> float:
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module_name), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module_name), config.lora_alpha)
+    return float(alpha / (rank**0.5 if config.use_rslora else rank))
 
 
 def _locate_calibration(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -73,9 +74,11 @@ def resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
 
 def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> None:
     """Expand ``target_modules="all-linear"`` as PEFT does, and to the quantized layers, which PEFT does not know."""
-    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    _maybe_include_all_linear_layers(config, model)
-    if shorthand:
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        expanded = copy.copy(config)
+        if isinstance(config, AutoQRAConfig):
+            expanded.task_type = "SEQ_CLS"  # leaves out classification heads, too
+        config.target_modules = _maybe_include_all_linear_layers(expanded, model).target_modules
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         layers = base_layers(model).items()
         config.target_modules |= {n for n, m in layers if isinstance(m, QUANTIZED_LAYERS) and m is not head}

@@ -66,23 +66,42 @@ class ModelCase:
         make: the model, with the same random weights every time.
         task_type: PEFT's; None where PEFT has none.
         auto_class: transformers' class that reads a checkpoint of it.
-        linear: a linear layer (or Conv1D) of the first block, relative name of its kind.
+        targets: the layers that are quantized and adapted.
         head: what is trained whole beside the adapters, for tasks with a new head.
-        block: name of the list of blocks, for ``layers_to_transform``.
+        norm: a module without a linear layer in it, for ``modules_to_save``.
     """
 
     name: str
     make: Callable[[], PreTrainedModel]
     task_type: str | None = "CAUSAL_LM"
     auto_class: Any = AutoModelForCausalLM
-    linear: str
+    targets: str | tuple[str, ...] = "all-linear"
     head: tuple[str, ...] = ()
-    block: str = "layers"
+    norm: str = "norm"
     inputs: Callable[[], dict[str, Tensor]] = field(default=lambda: {"input_ids": _TOKENS.clone()})
 
     def __str__(self) -> str:
         """For pytest's names."""
         return self.name
+
+    @property
+    def target_modules(self) -> str | list[str]:
+        """As configurations take them."""
+        return self.targets if isinstance(self.targets, str) else list(self.targets)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a causal language model."""
+        return self.task_type == "CAUSAL_LM"
+
+    def batch(self) -> dict[str, Tensor]:
+        """Inputs with labels: next tokens, or the second class."""
+        inputs = self.inputs()
+        if self.is_causal:
+            return inputs | {"labels": inputs["input_ids"]}
+        if "decoder_input_ids" in inputs:
+            return inputs | {"labels": inputs["decoder_input_ids"]}
+        return inputs | {"labels": torch.ones(2, dtype=torch.long)}
 
 
 def _seeded(model_class: Any, config_class: Any, **settings: Any) -> Callable[[], PreTrainedModel]:
@@ -104,22 +123,20 @@ def _image() -> dict[str, Tensor]:
 
 
 CASES = (
-    ModelCase(name="Llama", make=_seeded(LlamaForCausalLM, LlamaConfig, **_GROUPED), linear="q_proj"),
+    ModelCase(name="Llama", make=_seeded(LlamaForCausalLM, LlamaConfig, **_GROUPED)),
     ModelCase(
         name="Llama, tied",
         make=_seeded(LlamaForCausalLM, LlamaConfig, **_GROUPED, tie_word_embeddings=True),
-        linear="q_proj",
     ),
-    ModelCase(name="Qwen2", make=_seeded(Qwen2ForCausalLM, Qwen2Config, **_GROUPED), linear="q_proj"),
-    ModelCase(name="Qwen3", make=_seeded(Qwen3ForCausalLM, Qwen3Config, **_GROUPED, head_dim=8), linear="q_proj"),
+    ModelCase(name="Qwen2", make=_seeded(Qwen2ForCausalLM, Qwen2Config, **_GROUPED)),
+    ModelCase(name="Qwen3", make=_seeded(Qwen3ForCausalLM, Qwen3Config, **_GROUPED, head_dim=8)),
     ModelCase(
         name="Gemma 3",
         make=_seeded(Gemma3ForCausalLM, Gemma3TextConfig, **_GROUPED, head_dim=8, sliding_window=8),
-        linear="q_proj",
     ),
-    ModelCase(name="Mistral", make=_seeded(MistralForCausalLM, MistralConfig, **_GROUPED), linear="q_proj"),
-    ModelCase(name="Phi", make=_seeded(PhiForCausalLM, PhiConfig, **_GROUPED), linear="q_proj"),
-    ModelCase(name="Phi-3", make=_seeded(Phi3ForCausalLM, Phi3Config, **_GROUPED), linear="qkv_proj"),
+    ModelCase(name="Mistral", make=_seeded(MistralForCausalLM, MistralConfig, **_GROUPED)),
+    ModelCase(name="Phi", make=_seeded(PhiForCausalLM, PhiConfig, **_GROUPED), norm="final_layernorm"),
+    ModelCase(name="Phi-3", make=_seeded(Phi3ForCausalLM, Phi3Config, **_GROUPED)),
     ModelCase(
         name="GPT-2",
         make=_seeded(
@@ -134,8 +151,7 @@ CASES = (
             eos_token_id=2,
             pad_token_id=3,
         ),
-        linear="c_attn",
-        block="h",
+        norm="ln_f",
     ),
     ModelCase(
         name="OPT",
@@ -151,7 +167,7 @@ CASES = (
             word_embed_proj_dim=32,
             pad_token_id=3,
         ),
-        linear="q_proj",
+        norm="final_layer_norm",
     ),
     ModelCase(
         name="T5",
@@ -170,8 +186,7 @@ CASES = (
         ),
         task_type="SEQ_2_SEQ_LM",
         auto_class=AutoModelForSeq2SeqLM,
-        linear="wo",
-        block="block",
+        norm="final_layer_norm",
         inputs=_t5_inputs,
     ),
     ModelCase(
@@ -179,7 +194,6 @@ CASES = (
         make=_seeded(LlamaForSequenceClassification, LlamaConfig, **_GROUPED, num_labels=3),
         task_type="SEQ_CLS",
         auto_class=AutoModelForSequenceClassification,
-        linear="q_proj",
         head=("score",),
     ),
     ModelCase(
@@ -197,14 +211,13 @@ CASES = (
         ),
         task_type=None,
         auto_class=AutoModelForImageClassification,
-        linear="q_proj",
+        norm="layernorm",
         head=("classifier",),
-        block="layers",
         inputs=_image,
     ),
     ModelCase(
         name="Mixtral",
         make=_seeded(MixtralForCausalLM, MixtralConfig, **_GROUPED, num_local_experts=4, num_experts_per_tok=2),
-        linear="q_proj",
+        targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
 )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peft_autoqra.dense_layers import dense_shape, dense_weight
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
@@ -17,18 +18,18 @@ BITS, RANKS = (2, 3, 4, 8, 16), (4, 0, 8, 1)
 TOKENS = torch.arange(24).view(2, 12) * 5 % 128
 
 
-def mixed_plan(model: nn.Module, **changes: Any) -> BitRankPlan:
+def mixed_plan(model: nn.Module, target_modules: str | list[str] = "all-linear", **changes: Any) -> BitRankPlan:
     """Every bit-width, with and without an adapter; it knows shapes and fingerprint of the model."""
-    targets = linear_targets(model)
+    targets = linear_targets(model, target_modules)
     layers = {
         name: LayerPlan(BITS[index % len(BITS)], RANKS[index % len(RANKS)]) for index, name in enumerate(targets)
     }
     arguments: dict[str, Any] = {
         "layers": layers,
-        "shapes": {name: tuple(layer.weight.shape) for name, layer in targets.items()},
+        "shapes": {name: dense_shape(layer) for name, layer in targets.items()},
         "quantizer": QuantizerSettings(group_size=32),
         "base_model": BaseModelInfo(
-            fingerprint=fingerprint_weights((name, layer.weight) for name, layer in targets.items())
+            fingerprint=fingerprint_weights((name, dense_weight(layer)) for name, layer in targets.items())
         ),
     }
     return BitRankPlan(**(arguments | changes))

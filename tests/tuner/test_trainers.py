@@ -100,3 +100,15 @@ def test_a_checkpoint_is_an_adapter(tiny_llama: TinyLlamaFactory, tmp_path: Path
     trainer.train()
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
     assert torch.equal(logits(loaded), logits(trainer.model))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+def test_a_trainer_compiles_the_model(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    losses = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        config = AutoQRAConfig(plan=calibrated_plan(tiny_llama()))
+        trainer = make_trainer(tiny_llama(), tmp_path, config, max_steps=1, gradient_checkpointing=False, **settings)
+        trainer.train()
+        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    torch.compiler.reset()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,0 +1,497 @@
+"""The adapter interface of PEFT, row by row."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from peft.utils.warning import PeftWarning
+from torch import nn
+
+from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BitRankPlan, LayerPlan, MemoryModel
+from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra.memory_measurement import measure_memory
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS
+from peft_autoqra.quant.int8 import Int8Linear
+from peft_autoqra.quant.nf4 import NF4Linear
+from tests.conformance.building import (
+    adapt,
+    adapter_layers,
+    assert_close,
+    dense_reference,
+    loss,
+    outputs,
+    planned,
+    quantized_layers,
+    trained,
+)
+from tests.conformance.feature import FeatureGroup, Refusal
+from tests.conformance.models import ModelCase
+from tests.tuner.synthetic import assert_unchanged, randomize_adapters, snapshot
+
+GROUP = FeatureGroup("Adapters")
+feature = GROUP.feature
+
+FUSED = Refusal(
+    error=InvalidPlanError,
+    match=r"experts in fused parameters such as 'model\.layers\.0\.mlp\.experts\.gate_up_proj'",
+    reason="The experts are fused 3-D parameters, which would stay at 16 bits; name the linear layers to quantize. "
+    "The other rows name those of the attention, and a warning says what share of the weights stays at 16 bits.",
+)
+
+
+@feature("`AutoQRAConfig(bits=4)`: all linear layers but the head", refused={"Mixtral": FUSED})
+def all_linear(case: ModelCase, _: Path) -> None:
+    model = adapt(case, target_modules=None, bits=4)
+    layers = adapter_layers(model)
+    assert layers
+    for module in case.make().modules():
+        assert not isinstance(module, QUANTIZED_LAYERS)
+    head = model.get_base_model().get_output_embeddings() if hasattr(model.get_base_model(), "lm_head") else None
+    assert head is None or isinstance(head, nn.Linear)
+    assert all(layer.get_base_layer().bits == 4 for layer in layers.values())
+
+
+@feature("a plan: bits and rank of every layer")
+def plan_of_every_layer(case: ModelCase, _: Path) -> None:
+    base = case.make()
+    plan = planned(case, base)
+    model = adapt(case, base, plan=plan)
+    layers = adapter_layers(model)
+    assert layers.keys() == {name for name, layer in plan.items() if layer.rank}
+    for name, layer in plan.items():
+        module = base.get_submodule(name)
+        found = layers[name].get_base_layer() if name in layers else module
+        assert getattr(found, "bits", 16) == layer.bits
+        assert name not in layers or layers[name].r["default"] == layer.rank
+    randomize_adapters(model)
+    assert_close(outputs(case, model), outputs(case, dense_reference(case, model)))
+
+
+@feature("a training step moves the adapters and nothing else")
+def training_step(case: ModelCase, _: Path) -> None:
+    model = adapt(case, plan=planned(case, case.make())).train()
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _step in range(2):  # lora_A gets no gradient while lora_B is zero
+        optimizer.zero_grad()
+        loss(case, model).backward()
+        optimizer.step()
+    for name, tensor in model.named_parameters():
+        trains = "lora_" in name or ".modules_to_save." in name
+        assert tensor.requires_grad == trains
+        assert torch.equal(tensor, before[name]) != trains, name
+
+
+@feature("NF4 and int8 of bitsandbytes")
+def bitsandbytes_layers(case: ModelCase, _: Path) -> None:
+    for bits, kind in ((4, NF4Linear), (8, Int8Linear)):
+        model = trained(case, bits=bits, quant_backend="bitsandbytes")
+        assert all(isinstance(layer.get_base_layer(), kind) for layer in adapter_layers(model).values())
+        assert_close(outputs(case, model), outputs(case, dense_reference(case, model)))
+
+
+@feature("several adapters of different ranks: add, set, delete")
+def several_adapters(case: ModelCase, _: Path) -> None:
+    base = case.make()
+    plan = planned(case, base)
+    model = trained(case, base, plan=plan)
+    first = outputs(case, model)
+    wider = plan.replace(layers={name: LayerPlan(layer.bits, 6) for name, layer in plan.items()})
+    model.add_adapter("second", AutoQRAConfig(plan=wider, task_type=case.task_type))
+    assert torch.equal(outputs(case, model), first)
+    model.set_adapter("second")
+    randomize_adapters(model, 1, "second")
+    second = outputs(case, model)
+    assert not torch.equal(second, first)
+    model.set_adapter("default")
+    assert torch.equal(outputs(case, model), first)
+    model.delete_adapter("second")
+    assert torch.equal(outputs(case, model), first)
+    assert not any("second" in name for name, _ in model.named_parameters())
+
+
+@feature("an adapter that wants other bits", refused=Refusal(
+    error=InvalidPlanError, match="is quantized to 3 bits already", reason="All adapters of a model share its base.",
+))  # fmt: skip
+def other_bits(case: ModelCase, _: Path) -> None:
+    model = trained(case)
+    before = snapshot(model)
+    try:
+        model.add_adapter("other", AutoQRAConfig(bits=4, r=4, target_modules=case.target_modules))
+    except InvalidPlanError:
+        assert_unchanged(model, before)
+        assert list(model.peft_config) == ["default"]
+        raise
+
+
+@feature("`add_weighted_adapter`: cat, svd, linear; saved and reloaded", refused={"Llama classifier": Refusal(
+    error=ValueError,
+    match="Cannot add weighted adapters if they target the same module with modules_to_save",
+    reason="PEFT cannot combine the heads in `modules_to_save`.",
+)})  # fmt: skip
+def weighted_adapter(case: ModelCase, tmp_path: Path) -> None:
+    plan = planned(case, case.make())
+    model = adapt(case, plan=plan)
+    model.add_adapter("second", AutoQRAConfig(plan=plan, task_type=case.task_type))
+    for seed, name in enumerate(("default", "second")):
+        randomize_adapters(model, seed, name)
+    for kind in ("cat", "svd", "linear"):
+        model.add_weighted_adapter(["default", "second"], [0.7, 0.3], kind, combination_type=kind, svd_rank=16)
+        for layer in adapter_layers(model).values():
+            parts = [layer.get_delta_weight(name) for name in ("default", "second")]
+            if kind != "linear":  # PEFT adds A and B each, which is no sum of adapters
+                assert torch.allclose(layer.get_delta_weight(kind), 0.7 * parts[0] + 0.3 * parts[1], atol=1e-5)
+        model.set_adapter(kind)
+        model.save_pretrained(tmp_path, selected_adapters=[kind])
+        again = PeftModel.from_pretrained(case.make(), tmp_path / kind)
+        assert torch.equal(outputs(case, again), outputs(case, model))
+
+
+@feature("a plain `LoraConfig` adapter on the mixed-bit base")
+def plain_lora(case: ModelCase, tmp_path: Path) -> None:
+    model = trained(case, plan=planned(case, case.make()))
+    first = outputs(case, model)
+    targets = list(adapter_layers(model))
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=targets, task_type=case.task_type))
+    model.set_adapter("plain")
+    randomize_adapters(model, 1, "plain")
+    plain = outputs(case, model)
+    model.save_pretrained(tmp_path, selected_adapters=["plain"])
+    assert not torch.equal(plain, first)
+    again = adapt(case, plan=planned(case, case.make()))
+    again.load_adapter(tmp_path / "plain", "plain")
+    again.set_adapter("plain")
+    assert torch.equal(outputs(case, again), plain)
+
+
+@feature("`PeftMixedModel`", refused=Refusal(
+    error=InvalidPlanError,
+    match="would not quantize the base. Leave out mixed=True",
+    reason="Its tuner knows nothing of quantization; several AutoQRA and LoRA adapters can be used without it.",
+))  # fmt: skip
+def mixed_model(case: ModelCase, _: Path) -> None:
+    model = case.make()
+    before = snapshot(model)
+    try:
+        get_peft_model(model, AutoQRAConfig(bits=3, r=4, target_modules=case.target_modules), mixed=True)
+    except InvalidPlanError:
+        assert_unchanged(model, before)
+        raise
+
+
+@feature("adapters of a batch by row: `adapter_names`", refused={"OPT": Refusal(
+    error=ValueError,
+    match="Length of `adapter_names` should be the same as the number of inputs",
+    reason="OPT joins rows and tokens to one dimension; PEFT's own check.",
+)})  # fmt: skip
+def adapter_names(case: ModelCase, _: Path) -> None:
+    model = trained(case)
+    first = outputs(case, model)
+    with model.disable_adapter():
+        base = outputs(case, model)
+    rows = outputs(case, model, adapter_names=["default", "__base__"])
+    assert torch.allclose(rows[0], first[0], atol=1e-5)
+    assert torch.allclose(rows[1], base[1], atol=1e-5)
+
+
+@feature("`disable_adapter` gives the quantized base")
+def disable(case: ModelCase, _: Path) -> None:
+    base = case.make()
+    plan = planned(case, base)
+    model = trained(case, base, plan=plan)
+    adapted = outputs(case, model)
+    with model.disable_adapter():
+        disabled = outputs(case, model)
+    assert torch.equal(outputs(case, model), adapted)
+    assert torch.equal(outputs(case, model.unload()), disabled)
+
+
+@feature("`merge_adapter`, and `unmerge_adapter` to the last bit")
+def merge(case: ModelCase, _: Path) -> None:
+    model = trained(case, plan=planned(case, case.make()))
+    before, tensors = outputs(case, model), snapshot(model)
+    model.merge_adapter()
+    assert_close(outputs(case, model), before, 2e-5)
+    model.unmerge_adapter()
+    assert torch.equal(outputs(case, model), before)
+    assert_unchanged(model, tensors)
+
+
+@feature("`merge_and_unload` to an ordinary model that saves and reloads")
+def merge_and_unload(case: ModelCase, tmp_path: Path) -> None:
+    model = trained(case, plan=planned(case, case.make()))
+    before = outputs(case, model)
+    merged = model.merge_and_unload()
+    classes = {name: type(module) for name, module in merged.named_modules()}
+    assert classes == {name: type(module) for name, module in case.make().named_modules()}
+    after = outputs(case, merged)
+    assert torch.allclose(after, before, atol=2e-5)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(outputs(case, case.auto_class.from_pretrained(tmp_path)), after)
+
+
+@feature("`unload` to the quantized base, saved and reloaded")
+def unload(case: ModelCase, tmp_path: Path) -> None:
+    model = trained(case, plan=planned(case, case.make()))
+    base = model.unload()
+    assert not adapter_layers(base)
+    assert quantized_layers(base)
+    base.save_pretrained(tmp_path)
+    again = case.auto_class.from_pretrained(tmp_path)
+    assert len(quantized_layers(again)) == len(quantized_layers(base))
+    assert torch.equal(outputs(case, again), outputs(case, base))
+
+
+@feature("`modules_to_save`")
+def modules_to_save(case: ModelCase, tmp_path: Path) -> None:
+    model = adapt(case, modules_to_save=[case.norm, *case.head])
+    copies = [p for name, p in model.named_parameters() if ".modules_to_save." in name]
+    with torch.no_grad():
+        for parameter in copies:
+            parameter.add_(0.5)
+    assert copies
+    assert all(parameter.requires_grad for parameter in copies)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.make(), tmp_path)
+    assert torch.equal(outputs(case, again), outputs(case, model))
+
+
+@feature("rsLoRA on and off")
+def rank_stabilized(case: ModelCase, _: Path) -> None:
+    for use_rslora in (True, False):
+        model = adapt(case, lora_alpha=6, use_rslora=use_rslora)
+        scalings = {layer.scaling["default"] for layer in adapter_layers(model).values()}
+        assert scalings == {6 / (4**0.5 if use_rslora else 4)}
+
+
+@feature("DoRA")
+def dora(case: ModelCase, tmp_path: Path) -> None:
+    model = trained(case, use_dora=True)
+    before = outputs(case, model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.make(), tmp_path)
+    assert torch.equal(outputs(case, again), before)
+    model.train()
+    loss(case, model).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.merge_adapter()
+    assert_close(outputs(case, model), before, 5e-5)
+    model.unmerge_adapter()
+    assert torch.equal(outputs(case, model), before)
+
+
+@feature("`lora_bias`")
+def lora_bias(case: ModelCase, tmp_path: Path) -> None:
+    warnings.filterwarnings(
+        "ignore", "`lora_bias=True` was passed but", PeftWarning
+    )  # layers without bias: no merging
+    warnings.filterwarnings("ignore", r"Adapter 'default': \d+ LoRA tensor", PeftWarning)  # PEFT counts dimensions
+    model = trained(case, lora_bias=True)
+    assert all(layer.lora_B["default"].bias is not None for layer in adapter_layers(model).values())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.make(), tmp_path)
+    assert torch.equal(outputs(case, again), outputs(case, model))
+
+
+@feature(
+    "`target_parameters` beside quantized layers", only_for=["Mixtral"], otherwise="No fused parameters to adapt."
+)
+def target_parameters(case: ModelCase, tmp_path: Path) -> None:
+    """PEFT nests one wrapper for each parameter of a module; both get gradients."""
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    model = trained(case, target_parameters=names)
+    assert len(quantized_layers(model)) == 8
+    loss(case, model.train()).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.make(), tmp_path)
+    assert torch.equal(outputs(case, again), outputs(case, model))
+
+
+@feature("`target_parameters` naming a quantized weight", refused=Refusal(
+    error=InvalidPlanError,
+    match="the weight of a layer that is quantized",
+    reason="A quantized layer has no weight parameter; name the layer in `target_modules`.",
+))  # fmt: skip
+def target_quantized_parameter(case: ModelCase, _: Path) -> None:
+    name = next(iter(planned(case, case.make())))
+    adapt(case, target_parameters=[f"{name}.weight"])
+
+
+@feature("`exclude_modules`")
+def exclude_modules(case: ModelCase, _: Path) -> None:
+    excluded = next(iter(planned(case, case.make())))
+    model = adapt(case, exclude_modules=[excluded])
+    assert excluded not in adapter_layers(model)
+    assert isinstance(model.get_base_model().get_submodule(excluded), nn.Module)
+    assert not isinstance(model.get_base_model().get_submodule(excluded), QUANTIZED_LAYERS)
+
+
+@feature("`layers_to_transform`")
+def layers_to_transform(case: ModelCase, tmp_path: Path) -> None:
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in planned(case, case.make())})
+    model = trained(case, target_modules=suffixes, layers_to_transform=[1])
+    names = list(adapter_layers(model))
+    assert names
+    assert all(".1." in name for name in names)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.make(), tmp_path)
+    assert list(adapter_layers(again)) == names
+    assert torch.equal(outputs(case, again), outputs(case, model))
+
+
+@feature("`layer_replication`", refused=Refusal(
+    error=InvalidPlanError,
+    match="layer_replication is not supported",
+    reason="Copies of a layer share their weights, and a plan may give them different bits; replicate beforehand.",
+))  # fmt: skip
+def layer_replication(case: ModelCase, _: Path) -> None:
+    adapt(case, layer_replication=[(0, 2), (1, 2)])
+
+
+@feature("initializations that rewrite the base (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA, MiCA, KaSA)", refused=Refusal(
+    error=InvalidPlanError,
+    match="rewrites or needs the 16-bit base weights",
+    reason="The base is quantized; `compensate` of a calibrated plan does what they are for.",
+))  # fmt: skip
+def rewriting_initializations(case: ModelCase, _: Path) -> None:
+    for init in ("pissa", "olora", "loftq", "corda", "lora_ga", "mica"):
+        with pytest.raises(InvalidPlanError, match="rewrites or needs"):
+            adapt(case, init_lora_weights=init)
+    model = adapt(case)
+    before = snapshot(model)
+    targets = list(adapter_layers(model))
+    try:
+        model.add_adapter("plain", LoraConfig(r=2, target_modules=targets, init_lora_weights="pissa"))
+    except InvalidPlanError:
+        assert_unchanged(model, before)
+        raise
+
+
+@feature("`low_cpu_mem_usage=True`")
+def low_cpu_mem_usage(case: ModelCase, tmp_path: Path) -> None:
+    model = trained(case, plan=planned(case, case.make()))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.make(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(outputs(case, again), outputs(case, model))
+
+
+@feature("`hotswap_adapter`", refused={"Llama classifier": Refusal(
+    error=KeyError, match=r"score\.weight", reason="PEFT does not swap the head in `modules_to_save`.",
+)})  # fmt: skip
+def hotswap(case: ModelCase, tmp_path: Path) -> None:
+    expected = []
+    for seed in (0, 1):
+        model = adapt(case, plan=planned(case, case.make()))
+        randomize_adapters(model, seed)
+        model.save_pretrained(tmp_path / str(seed))
+        expected.append(outputs(case, model))
+    model = PeftModel.from_pretrained(case.make(), tmp_path / "0")
+    assert torch.equal(outputs(case, model), expected[0])
+    hotswap_adapter(model, tmp_path / "1", adapter_name="default", torch_device="cpu")
+    assert torch.equal(outputs(case, model), expected[1])
+
+
+@feature("`hotswap_adapter` to one of another base", refused=Refusal(
+    error=ValueError, match="Configs are incompatible: for bits_pattern", reason="It was trained on other weights.",
+))  # fmt: skip
+def hotswap_other_base(case: ModelCase, tmp_path: Path) -> None:
+    for bits in (3, 4):
+        trained(case, bits=bits).save_pretrained(tmp_path / str(bits))
+    model = PeftModel.from_pretrained(case.make(), tmp_path / "3")
+    before = snapshot(model)
+    try:
+        hotswap_adapter(model, tmp_path / "4", adapter_name="default", torch_device="cpu")
+    except ValueError:
+        assert_unchanged(model, before)
+        raise
+
+
+@feature("`get_layer_status`, `get_model_status`")
+def status(case: ModelCase, _: Path) -> None:
+    model = adapt(case)
+    layers = get_layer_status(model)
+    assert {layer.name.removeprefix("model.") for layer in layers} >= adapter_layers(model).keys()
+    assert all(layer.enabled and layer.active_adapters == ["default"] for layer in layers)
+    found = get_model_status(model)
+    assert found.enabled is True
+    assert found.active_adapters == ["default"]
+    assert (found.trainable_params, found.total_params) == model.get_nb_trainable_parameters()
+
+
+@feature("`print_trainable_parameters` counts weights and not packed bytes")
+def parameter_counts(case: ModelCase, _: Path) -> None:
+    base = case.make()
+    num_base = sum(parameter.numel() for parameter in base.parameters())
+    model = adapt(case, base, plan=planned(case, base))
+    added = [p.numel() for name, p in model.named_parameters() if "lora_" in name or ".modules_to_save." in name]
+    assert model.get_nb_trainable_parameters() == (sum(added), num_base + sum(added))
+
+
+@feature("deep copy and gradient checkpointing, reentrant or not: equal gradients")
+def gradient_checkpointing(case: ModelCase, _: Path) -> None:
+    model = trained(case, plan=planned(case, case.make())).train()
+    gradients = []
+    for reentrant in (None, False, True):
+        twin = copy.deepcopy(model)
+        if reentrant is not None:
+            twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            twin.enable_input_require_grads()
+        loss(case, twin).backward()
+        gradients.append([p.grad for p in twin.parameters() if p.requires_grad])
+    for found in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], found, strict=True))
+
+
+@feature("`torch.compile`: one graph")
+def compiles(case: ModelCase, _: Path) -> None:
+    """Gradients too; that a trainer compiles is shown in tests/tuner."""
+    warnings.filterwarnings("ignore", ".*should not be instantiated.*", DeprecationWarning)  # torch's own tracing
+    model = trained(case, plan=planned(case, case.make()))
+    expected = loss(case, model)
+    expected.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    found = loss(case, torch.compile(model, backend="eager", fullgraph=True))
+    found.backward()
+    assert_close(found, expected)
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), gradients, strict=True):
+        assert_close(parameter.grad, gradient)
+    torch.compiler.reset()
+
+
+@feature("quantized while it is read: the same codes as in place")
+def streaming(case: ModelCase, tmp_path: Path) -> None:
+    case.make().save_pretrained(tmp_path)
+    plan = planned(case, case.make())
+    streamed = case.auto_class.from_pretrained(tmp_path, quantization_config=AutoQRAQuantConfig(plan=plan))
+    in_place = trained(case, plan=plan)
+    model = trained(case, streamed, plan=plan)
+    assert torch.equal(outputs(case, model), outputs(case, in_place))
+
+
+@feature("memory as estimated, to the byte")
+def memory(case: ModelCase, _: Path) -> None:
+    base = case.make()
+    plan = planned(case, base)
+    estimate = MemoryModel.from_model(base, target_modules=case.target_modules).estimate(plan)
+    measured = measure_memory(adapt(case, base, plan=plan), plan)
+    for part in ("weight_bytes", "metadata_bytes", "untouched_bytes", "adapter_bytes"):
+        heads = 0 if part != "untouched_bytes" else sum(
+            p.numel() * 4 for name, p in adapt(case).named_parameters() if ".modules_to_save." in name
+        )  # fmt: skip
+        assert getattr(measured, part) == getattr(estimate, part) + heads, part
+
+
+@feature("a plan for another model", refused=Refusal(
+    error=PlanMismatchError, match="modules that the model does not have", reason="It names other layers.",
+))  # fmt: skip
+def plan_of_another_model(case: ModelCase, _: Path) -> None:
+    adapt(case, plan=BitRankPlan({"model.layers.7.mlp.c_fc": LayerPlan(4, 4)}))
