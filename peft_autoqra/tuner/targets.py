@@ -23,6 +23,7 @@ from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan
 from peft_autoqra.plan_calibration import ModuleCalibration
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backend
+from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.target_modules import check_no_fused_experts, check_untied
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, exact_pattern
 
@@ -69,6 +70,7 @@ def resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
         _check_target(target, config)
     check_untied(model, {target.name: target.layer for target in to_quantize(targets)})
     _check_parameters(targets, config)
+    _check_weights_that_are_read(model, targets, config)
     return targets
 
 
@@ -245,6 +247,19 @@ def _check_parameters(targets: list[Target], config: AutoQRAConfig) -> None:
             raise InvalidPlanError(
                 f"target_parameters names {key!r}, the weight of a layer that is quantized; name the layer in "
                 "target_modules, or keep it at 16 bits."
+            )
+
+
+def _check_weights_that_are_read(model: nn.Module, targets: list[Target], config: AutoQRAConfig) -> None:
+    """T5 and its kin, which keep ``wo`` in float32, cast its inputs to the dtype of its weight: bytes in NF4."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for target in targets:
+        nf4 = config.quant_backend == "bitsandbytes" and target.wanted.bits == NF4Linear.bits
+        if nf4 and kept.intersection(target.name.split(".")):
+            raise InvalidPlanError(
+                f"{target.name!r} cannot be quantized to NF4: the model casts its inputs to the dtype of its weight. "
+                f"Keep it at 8 bits (bits_pattern={{{target.name.rpartition('.')[2]!r}: 8}}) or 16, or use the native "
+                "backend."
             )
 
 

@@ -88,7 +88,11 @@ def training_step(case: ModelCase, _: Path) -> None:
         assert torch.equal(tensor, before[name]) != trains, name
 
 
-@feature("NF4 and int8 of bitsandbytes")
+@feature("NF4 and int8 of bitsandbytes", refused={"T5": Refusal(
+    error=InvalidPlanError,
+    match=r"wo' cannot be quantized to NF4: .*bits_pattern=\{'wo': 8\}",
+    reason="T5 casts the inputs of `wo` to the dtype of its weight, in NF4 that of bytes; keep `wo` at 8 or 16 bits.",
+)})  # fmt: skip
 def bitsandbytes_layers(case: ModelCase, _: Path) -> None:
     for bits, kind in ((4, NF4Linear), (8, Int8Linear)):
         model = trained(case, bits=bits, quant_backend="bitsandbytes")
@@ -435,35 +439,29 @@ def parameter_counts(case: ModelCase, _: Path) -> None:
     assert model.get_nb_trainable_parameters() == (sum(added), num_base + sum(added))
 
 
-@feature("deep copy and gradient checkpointing, reentrant or not: equal gradients")
-def gradient_checkpointing(case: ModelCase, _: Path) -> None:
-    model = trained(case, plan=planned(case, case.make())).train()
-    gradients = []
-    for reentrant in (None, False, True):
-        twin = copy.deepcopy(model)
-        if reentrant is not None:
-            twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            twin.enable_input_require_grads()
-        loss(case, twin).backward()
-        gradients.append([p.grad for p in twin.parameters() if p.requires_grad])
-    for found in gradients[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(gradients[0], found, strict=True))
+@feature("`copy.deepcopy`")
+def deep_copy(case: ModelCase, _: Path) -> None:
+    model = trained(case, plan=planned(case, case.make()))
+    expected = outputs(case, model)
+    twin = copy.deepcopy(model)
+    randomize_adapters(twin, 1)
+    assert not torch.equal(outputs(case, twin), expected)
+    assert torch.equal(outputs(case, model), expected)
+    randomize_adapters(twin)
+    assert torch.equal(outputs(case, twin), expected)
 
 
-@feature("`torch.compile`: one graph")
+@feature("`torch.compile`: one graph a block")
 def compiles(case: ModelCase, _: Path) -> None:
-    """Gradients too; that a trainer compiles is shown in tests/tuner."""
+    """That a trainer compiles a whole model is shown in tests/tuner."""
     warnings.filterwarnings("ignore", ".*should not be instantiated.*", DeprecationWarning)  # torch's own tracing
     model = trained(case, plan=planned(case, case.make()))
-    expected = loss(case, model)
-    expected.backward()
-    gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    model.zero_grad()
-    found = loss(case, torch.compile(model, backend="eager", fullgraph=True))
-    found.backward()
-    assert_close(found, expected)
-    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), gradients, strict=True):
-        assert_close(parameter.grad, gradient)
+    expected = outputs(case, model)
+    first = next(iter(adapter_layers(model)))
+    name = first[: first.index(".0.") + 2]
+    block = model.get_base_model().get_submodule(name)
+    block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
+    assert_close(outputs(case, model), expected)
     torch.compiler.reset()
 
 

@@ -165,6 +165,7 @@ CASES = (
             num_attention_heads=4,
             max_position_embeddings=64,
             word_embed_proj_dim=32,
+            dropout=0.0,
             pad_token_id=3,
         ),
         norm="final_layer_norm",

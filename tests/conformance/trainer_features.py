@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from peft_autoqra.plan import BitRankPlan
 from tests.conformance.building import adapt, make_config, outputs, planned, quantized_layers
-from tests.conformance.feature import CAUSAL, FeatureGroup
+from tests.conformance.feature import CAUSAL, FeatureGroup, Refusal
 from tests.conformance.models import ModelCase
 from tests.tiny_data import token_dataset, word_tokenizer
 from tests.tuner.synthetic import random_calibration
@@ -58,6 +58,11 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def margins(trainer: DPOTrainer) -> list[float]:
+    """By how much the policy's preference exceeds the reference's, step by step."""
+    return [float(entry["rewards/margins"]) for entry in trainer.state.log_history if "rewards/margins" in entry]
+
+
 @feature("`Trainer`: a run resumed from a checkpoint ends as one that was not interrupted")
 def resume(case: ModelCase, tmp_path: Path) -> None:
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
@@ -82,18 +87,32 @@ def best_model(case: ModelCase, tmp_path: Path) -> None:
     assert torch.equal(outputs(case, trainer.model), outputs(case, again))
 
 
-@feature("`Trainer`: gradient checkpointing, reentrant or not, gives the same losses")
+def losses_with(case: ModelCase, folder: Path, *, reentrant: bool | None) -> list[float]:
+    settings: dict[str, Any] = {"gradient_checkpointing": reentrant is not None}
+    if reentrant is not None:
+        settings["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+    torch.manual_seed(0)
+    trainer = make_trainer(case, folder, **settings)
+    trainer.train()
+    return losses(trainer)
+
+
+@feature("`Trainer`: the same losses with gradient checkpointing")
 def checkpointed_training(case: ModelCase, tmp_path: Path) -> None:
-    found = []
-    for reentrant in (None, False, True):
-        settings = {"gradient_checkpointing": reentrant is not None}
-        if reentrant is not None:
-            settings["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
-        trainer = make_trainer(case, tmp_path, **settings)
-        trainer.train()
-        found.append(losses(trainer))
-    assert len(found[0]) == 2
-    assert found == [found[0]] * 3
+    plain, checkpointed = (losses_with(case, tmp_path, reentrant=reentrant) for reentrant in (None, False))
+    assert len(plain) == 2
+    assert checkpointed == plain
+
+
+@feature("the same with `use_reentrant=True`", refused={"ViT": Refusal(
+    error=UserWarning,
+    match="None of the inputs have requires_grad=True",
+    reason="torch warns that there are no gradients: reentrant checkpointing needs inputs that have one, and images "
+    "have none. Use `use_reentrant=False`, the default.",
+)})  # fmt: skip
+def reentrant_training(case: ModelCase, tmp_path: Path) -> None:
+    plain, checkpointed = (losses_with(case, tmp_path, reentrant=reentrant) for reentrant in (None, True))
+    assert checkpointed == plain
 
 
 @feature("`Trainer(bf16=True)` and `Trainer(fp16=True)`: autocast")
@@ -161,8 +180,8 @@ def compensated_plan(case: ModelCase) -> BitRankPlan:
 def preference_with_config(case: ModelCase, tmp_path: Path) -> None:
     trainer = dpo(case.make(), tmp_path, peft_config=make_config(case, plan=planned(case, case.make())))
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(math.log(2), rel=1e-4)
-    assert losses(trainer)[1] < math.log(2)
+    assert margins(trainer)[0] == pytest.approx(0, abs=1e-5)
+    assert margins(trainer)[1] > 1e-3
 
 
 @feature(
@@ -174,8 +193,8 @@ def preference_with_adapter(case: ModelCase, tmp_path: Path) -> None:
     trainer = dpo(adapt(case, plan=compensated_plan(case)), tmp_path)
     assert list(trainer.model.peft_config) == ["default", "ref"]
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(math.log(2), rel=1e-4)
-    assert losses(trainer)[1] < math.log(2)
+    assert margins(trainer)[0] == pytest.approx(0, abs=1e-5)
+    assert margins(trainer)[1] > 1e-3
 
 
 @feature("`GRPOTrainer`", only_for=CAUSAL, otherwise=NO_CAUSAL_MODEL)
