@@ -12,7 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.plan import FORMAT_VERSION, locate_file
+from peft_autoqra.hub_files import locate_file
+from peft_autoqra.plan import FORMAT_VERSION
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel

@@ -42,10 +42,8 @@ class LoopbackTransport(httpx2.HTTPTransport):
         return super().handle_request(led)
 
 
-class TestHub:
+class Hub:
     """The server and what a test needs to change of the client."""
-
-    __test__ = False
 
     def __init__(self, server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server = server
@@ -80,7 +78,7 @@ class TestHub:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestHub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub of one's own, with a cache of one's own; the user ``me`` is logged in."""
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(variable, raising=False)
@@ -92,7 +90,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestHub]:
     monkeypatch.setattr(_http, "time", without_waiting)  # the client waits seconds before it tries again
     monkeypatch.setattr(file_download, "time", without_waiting)
     with running_hub(constants.ENDPOINT) as server:
-        hub = TestHub(server, tmp_path / "cache", monkeypatch)
+        hub = Hub(server, tmp_path / "cache", monkeypatch)
         hub.use_cache(tmp_path / "cache")
         hub.log_in(ME)
         set_client_factory(hub.client)

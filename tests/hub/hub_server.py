@@ -120,6 +120,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one piece: in two, each waits for an acknowledgement of tens of milliseconds
     state: HubState
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub.conftest import ME, OTHER, TestHub
+from tests.hub.conftest import ME, OTHER, Hub
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_is_uploaded_comes_back_at_every_revision(hub: TestHub, folder: Path) -> None:
+def test_what_is_uploaded_comes_back_at_every_revision(hub: Hub, folder: Path) -> None:
     api = HfApi()
     assert api.whoami()["name"] == "me"
     assert api.create_repo("model").repo_id == "me/model"
@@ -52,7 +52,7 @@ def test_what_is_uploaded_comes_back_at_every_revision(hub: TestHub, folder: Pat
     assert all(request.status in (200, 206) for request in storage)
 
 
-def test_a_pull_request_leaves_the_branch_alone(hub: TestHub, folder: Path) -> None:
+def test_a_pull_request_leaves_the_branch_alone(hub: Hub, folder: Path) -> None:
     api = HfApi(token=OTHER)
     HfApi(token=ME).create_repo("me/model")
     with pytest.raises(HfHubHTTPError, match="403 Forbidden"):
@@ -63,7 +63,7 @@ def test_a_pull_request_leaves_the_branch_alone(hub: TestHub, folder: Path) -> N
     assert (repository.files("main"), len(repository.files("refs/pr/1"))) == ({}, 2)
 
 
-def test_errors_are_those_of_the_hub(hub: TestHub, folder: Path) -> None:
+def test_errors_are_those_of_the_hub(hub: Hub, folder: Path) -> None:
     api = HfApi()
     for name in ("private", "gated", "open"):
         api.create_repo(f"me/{name}", private=name == "private")
@@ -84,7 +84,7 @@ def test_errors_are_those_of_the_hub(hub: TestHub, folder: Path) -> None:
 
 
 def test_a_download_that_is_cut_goes_on_where_it_was(
-    hub: TestHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # what arrived of a chunk before the cut is lost
     HfApi().create_repo("me/model")
@@ -96,7 +96,7 @@ def test_a_download_that_is_cut_goes_on_where_it_was(
     assert [r.status for r in hub.server.requests("GET /[0-9a-f]{64}")] == [200, 206, 206]
 
 
-def test_a_server_error_that_passes_is_tried_again(hub: TestHub, folder: Path) -> None:
+def test_a_server_error_that_passes_is_tried_again(hub: Hub, folder: Path) -> None:
     faults = [hub.server.fail(r"PUT /", times=1), hub.server.fail(r"HEAD .*config.json", times=2)]
     HfApi().create_repo("me/model")
     HfApi().upload_folder(repo_id="me/model", folder_path=folder)
@@ -104,7 +104,7 @@ def test_a_server_error_that_passes_is_tried_again(hub: TestHub, folder: Path) -
     assert [fault.num_hits for fault in faults] == [1, 2]
 
 
-def test_a_commit_on_an_older_state_is_refused(hub: TestHub, folder: Path) -> None:
+def test_a_commit_on_an_older_state_is_refused(hub: Hub, folder: Path) -> None:
     api = HfApi()
     api.create_repo("me/model")
     first = api.upload_folder(repo_id="me/model", folder_path=folder).oid
@@ -115,7 +115,7 @@ def test_a_commit_on_an_older_state_is_refused(hub: TestHub, folder: Path) -> No
         api.upload_folder(repo_id="me/model", folder_path=folder, parent_commit=first)
 
 
-def test_metadata_of_a_card_are_checked(hub: TestHub, folder: Path) -> None:
+def test_metadata_of_a_card_are_checked(hub: Hub, folder: Path) -> None:
     (folder / "README.md").write_text("---\nbase_model: /home/me/model\n---\n")
     HfApi().create_repo("me/model")
     with pytest.raises(ValueError, match="base_model"):
