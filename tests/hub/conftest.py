@@ -66,6 +66,7 @@ class Hub:
     def go_offline(self) -> None:
         """As HF_HUB_OFFLINE=1 does, with the server gone as well."""
         self._monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        self._monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         self.server.close()
 
     def time_out_after(self, seconds: float) -> None:
@@ -83,6 +84,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # PEFT looks here
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
     monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "home" / "harnesses.json"))
