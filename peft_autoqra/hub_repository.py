@@ -1,12 +1,13 @@
-"""A repository of the hub made ready to be pushed to."""
+"""Pushing files to a repository of the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 from peft_autoqra.errors import HubError
 from peft_autoqra.hub_errors import HubRequest, hub_errors
@@ -42,15 +43,47 @@ class PushTarget:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubRepository:
+    """A repository that is there to be pushed to.
+
+    Attributes:
+        name: ``"owner/name"``.
+        target: what it was opened for.
+    """
+
+    name: str
+    target: PushTarget
+
+    def commit(self, folder: Path, filenames: Iterable[str], message: str) -> CommitInfo:
+        """Upload files of a folder in one commit, so that they appear together or not at all.
+
+        Args:
+            folder: local.
+            filenames: relative to it, with forward slashes; the same in the repository.
+            message: first line of the commit.
+
+        Returns:
+            The URL of the commit, with ``pr_url`` where a pull request was opened.
+        """
+        return HfApi(token=self.target.token).create_commit(
+            self.name,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in filenames],
+            commit_message=message,
+            revision=self.target.revision,
+            create_pr=self.target.create_pr,
+        )
+
+
 @contextmanager
-def pushing(target: PushTarget) -> Iterator[str]:
-    """Make repository and branch where missing, yield the full name, and explain what goes wrong meanwhile.
+def opened(target: PushTarget) -> Iterator[HubRepository]:
+    """Make repository and branch where missing, and explain what goes wrong until the block ends.
 
     Raises:
         HubError: the hub cannot be reached, or refuses.
     """
     with hub_errors(HubRequest(repo_id=target.repo_id, action="push", revision=target.revision)):
-        yield _prepare(target)
+        yield HubRepository(name=_prepare(target), target=target)
 
 
 def _prepare(target: PushTarget) -> str:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.hub_files import locate_file
-from peft_autoqra.hub_repository import PushTarget, pushing
+from peft_autoqra.hub_repository import PushTarget, opened
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.model_card import PlanCard, is_plan_card
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE, PlanCalibration
@@ -375,7 +376,7 @@ class BitRankPlan(
             token: hub token; the one of ``hf auth login`` by default.
             revision: branch, made where missing; the main branch by default.
             create_pr: open a pull request instead.
-            branch: what ``ModelHubMixin`` calls ``revision``.
+            branch: the name of ``ModelHubMixin`` for ``revision``.
 
         Returns:
             The URL of the commit; it has ``pr_url`` where a pull request was opened.
@@ -386,17 +387,13 @@ class BitRankPlan(
         """
         revision = revision or branch
         target = PushTarget(repo_id=repo_id, revision=revision, private=private, token=token, create_pr=create_pr)
-        with pushing(target) as full_name:
-            card = locate_file(_CARD_FILE, full_name, revision=revision, token=token)
-            foreign = card is not None and not is_plan_card(card.read_text(encoding="utf-8", errors="replace"))
-            return super().push_to_hub(
-                full_name,
-                commit_message=commit_message,
-                token=token,  # type: ignore[arg-type]
-                branch=revision,
-                create_pr=create_pr,
-                ignore_patterns=[_CARD_FILE] if foreign else None,
-            )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            with opened(target) as repository:
+                card = locate_file(_CARD_FILE, repository.name, revision=revision, token=token)
+                foreign = card is not None and not is_plan_card(card.read_text(encoding="utf-8", errors="replace"))
+                names = {path.name for path in Path(folder).iterdir()} - ({_CARD_FILE} if foreign else set())
+                return repository.commit(Path(folder), sorted(names), commit_message)
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """The README.md of the plan's folder or repository."""

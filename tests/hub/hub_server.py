@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ class HubState:
     requests: list[Request] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
     closing: threading.Event = field(default_factory=threading.Event)
+    connections: set[socket.socket] = field(default_factory=set)
 
 
 class HubServer:
@@ -98,12 +100,16 @@ class HubServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening; connections are refused from now on."""
-        if not self.state.closing.is_set():
-            self.state.closing.set()
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        """Stop listening and break all connections; new ones are refused from now on."""
+        if self.state.closing.is_set():
+            return
+        self.state.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        for connection in list(self.state.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def fail(self, pattern: str, kind: Literal["status", "cut", "stall"] = "status", **settings: Any) -> Fault:
         """Let requests go wrong; ``times`` says how many, all by default."""
@@ -122,6 +128,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # an answer in one piece: in two, each waits for an acknowledgement of tens of milliseconds
     state: HubState
+
+    def setup(self) -> None:
+        super().setup()
+        self.state.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.state.connections.discard(self.connection)
+        super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet: ``state.requests`` tells more."""

@@ -83,9 +83,7 @@ def test_errors_are_those_of_the_hub(hub: Hub, folder: Path) -> None:
         assert raised.value.response.status_code == status
 
 
-def test_a_download_that_is_cut_goes_on_where_it_was(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_is_cut_goes_on_where_it_was(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # what arrived of a chunk before the cut is lost
     HfApi().create_repo("me/model")
     HfApi().upload_folder(repo_id="me/model", folder_path=folder)

