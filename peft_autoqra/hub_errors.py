@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from peft_autoqra.errors import AutoQRAError, HubError
 
-_LOG_IN = "log in with `hf auth login` or give token=..."
+_LOG_IN = "log in with `hf auth login` or give a token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def _explain_answer(error: HfHubHTTPError, request: HubRequest) -> str:
     token = "with this token" if sent_token else "without a token"
     use_another = "use a token that has" if sent_token else f"{_LOG_IN} that has"
     if isinstance(error, GatedRepoError):
-        return f"{repo_id!r} is gated: ask for access on its page, then {_LOG_IN} of the account that has it."
+        return f"{repo_id!r} is gated: ask for access on its page, then {_LOG_IN} of that account."
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id!r} has no revision {request.revision!r}; give one of its branches or tags, or a full commit."
     if isinstance(error, RepositoryNotFoundError) and request.action == "read":

@@ -101,3 +101,4 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         finally:
             close_session()
             set_client_factory(_http.default_client_factory)
+        assert not server.state.unknown_requests  # else the server has to learn more of the protocol

@@ -79,6 +79,7 @@ class HubState:
     large_files: dict[str, bytes] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
+    unknown_requests: list[str] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
     closing: threading.Event = field(default_factory=threading.Event)
     connections: set[socket.socket] = field(default_factory=set)
@@ -250,7 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, f"{self.command} {path}")
             if match:
                 return handler(self, *map(unquote, match.groups()))
-        raise Refusal(404, f"The test server does not know {self.command} {path}")
+        self.state.unknown_requests.append(f"{self.command} {path}")
+        raise Refusal(404, "Not found")
 
     def _whoami(self) -> tuple[int, dict[str, str], bytes]:
         user = self._user()
@@ -292,9 +294,12 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"id": name, "sha": commit.sha, "private": repository.private, "gated": gated, "siblings": siblings}
         return _json({**about, "author": repository.owner, "tags": [], "downloads": 0, "likes": 0})
 
-    def _tree(self, name: str, revision: str) -> tuple[int, dict[str, str], bytes]:
+    def _tree(self, name: str, revision: str, folder: str = "") -> tuple[int, dict[str, str], bytes]:
         commit = self._commit_of(self._open(name), revision)
-        return _json([_entry(path, file) for path, file in commit.files.items()])
+        entries = [_entry(path, file) for path, file in commit.files.items() if path.startswith(folder)]
+        if not entries:
+            raise Refusal(404, f"{folder} does not exist", "EntryNotFound", commit.sha)
+        return _json(entries)
 
     def _paths_info(self, name: str, revision: str) -> tuple[int, dict[str, str], bytes]:
         commit = self._commit_of(self._open(name), revision)
@@ -431,12 +436,14 @@ def _entry(path: str, file: StoredFile) -> dict[str, Any]:
 _NAME = r"([\w.-]+/[\w.-]+)"
 _API = rf"/api/models/{_NAME}"
 _ROUTES: list[tuple[str, Callable[..., tuple[int, dict[str, str], bytes]]]] = [
+    (r"GET /api/agent-harnesses", lambda _: _json({"standardEnvVars": [], "harnesses": {}})),
     (r"GET /api/whoami-v2", _Handler._whoami),
     (r"POST /api/repos/create", _Handler._create),
     (r"POST /api/validate-yaml", _Handler._validate_yaml),
     (rf"GET {_API}", _Handler._info),
     (rf"GET {_API}/revision/([^/]+)", _Handler._info),
     (rf"GET {_API}/tree/([^/]+)", _Handler._tree),
+    (rf"GET {_API}/tree/([^/]+)/(.+)", _Handler._tree),
     (rf"POST {_API}/paths-info/([^/]+)", _Handler._paths_info),
     (rf"GET {_API}/refs", _Handler._refs),
     (rf"POST {_API}/branch/([^/]+)", _Handler._branch),

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BitRankPlan
+from peft_autoqra.errors import HubError
 from peft_autoqra.plan import ADAPTER_FILE
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE
 from tests.conftest import TinyLlamaFactory
@@ -204,3 +205,18 @@ def test_a_quantized_base_and_plans_load_without_the_hub(hub: Hub, adapted: Peft
     assert torch.equal(logits(again), logits(quantized))
     again = dense_base(quantization_config=AutoQRAQuantConfig(plan="me/adapter"), local_files_only=True)
     assert_same_codes(again, quantized)
+
+
+def test_without_a_copy_in_the_cache_the_error_names_the_repository(hub: Hub, adapted: PeftModel) -> None:
+    adapted.push_to_hub("me/adapter")
+    PeftConfig.from_pretrained("me/adapter")
+    hub.go_offline()
+    if adapted.peft_config["default"].calibration is not None:
+        (cached,) = hub.cache.rglob(ADAPTER_CALIBRATION_FILE)
+        cached.unlink()
+        with pytest.raises(HubError, match=f"{ADAPTER_CALIBRATION_FILE} of 'me/adapter' is not in the cache"):
+            PeftConfig.from_pretrained("me/adapter")
+    with pytest.raises(ValueError, match="me/other"):  # of PEFT
+        PeftConfig.from_pretrained("me/other")
+    with pytest.raises(OSError, match=r"me/quantized|couldn't connect"):  # of transformers
+        AutoModelForCausalLM.from_pretrained("me/quantized")
