@@ -271,6 +271,14 @@ def test_a_damaged_base(base_folder: Path, damage, message: str) -> None:
         inspect_folder(base_folder)
 
 
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"a": "../model.safetensors"}])
+def test_an_index_that_lists_nothing(base_folder: Path, weight_map) -> None:
+    (base_folder / "model.safetensors").unlink(missing_ok=True)
+    (base_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InvalidPlanError, match="does not list the files"):
+        inspect_folder(base_folder)
+
+
 def test_nothing_of_ours(plan_folder: Path, tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     with pytest.raises(InvalidPlanError, match="There is no folder"):
         inspect_folder(tmp_path / "nowhere")
