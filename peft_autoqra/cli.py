@@ -16,6 +16,7 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
   search     find the weight bits and LoRA rank of every layer within a memory budget
   train      fine-tune with a plan, or with the same bits and rank everywhere
   report     write one HTML page about a search
+  push       upload a plan, an adapter or a quantized base to the Hugging Face Hub
   calibrate  measure beforehand what every bit-width and rank of every layer loses; searches start from it
 
 `autoqra COMMAND --help` lists its flags; they may stand in a YAML recipe too. --dry_run estimates memory and time.
@@ -24,8 +25,9 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
       --test_split_size 0.1 --memory_budget qlora-4bit-r16 --output_dir search-out
   autoqra train --config search-out/recipe.yaml --plan search-out/plan --output_dir search-out/adapter
   autoqra report search-out
+  autoqra push search-out/adapter --repo_id me/my-adapter
 """
-COMMANDS = ("calibrate", "search", "train", "report")
+COMMANDS = ("calibrate", "search", "train", "report", "push")
 GOES_ON = ("calibrate", "search")
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 

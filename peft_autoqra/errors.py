@@ -21,6 +21,10 @@ class CalibrationError(AutoQRAError, ValueError):
     """Calibration data or statistics that are empty, not finite or do not fit the model."""
 
 
+class HubError(AutoQRAError, OSError):
+    """A repository of the hub that does not exist, gives no access or cannot be reached."""
+
+
 class SearchStateError(AutoQRAError, RuntimeError):
     """A search directory that cannot be continued, for example one that belongs to another search."""
 

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,18 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-)
+from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.hub_files import locate_file
+from peft_autoqra.hub_repository import PushTarget, opened
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.model_card import PlanCard, is_plan_card
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE, PlanCalibration
@@ -35,6 +31,7 @@ FORMAT_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4, 8, 16)
 DENSE_BITS = 16
 
+_CARD_FILE = "README.md"
 _CHECKSUM = "autoqra_checksum"
 _CALIBRATION_DIGEST = "autoqra_calibration_digest"
 
@@ -349,12 +346,54 @@ class BitRankPlan(
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._save_pretrained(directory)
-        card = directory / "README.md"
+        card = directory / _CARD_FILE
         if not card.exists() or is_plan_card(card.read_text(encoding="utf-8", errors="replace")):
             self.generate_model_card().save(card)
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
         return None
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload plan",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        branch: str | None = None,
+    ) -> str:
+        """Upload the plan, its calibration where there is one, and a model card, in one commit.
+
+        The repository is made where missing; its other files are left alone. A model card there is replaced only
+        where it is that of an earlier plan.
+
+        Args:
+            repo_id: ``"owner/name"``, or the name alone for a repository of one's own.
+            commit_message: first line of the commit.
+            private: show a repository that is made to its owner only. True is refused where it exists and is public.
+            token: hub token; the one of ``hf auth login`` by default.
+            revision: branch, made where missing; the main branch by default.
+            create_pr: open a pull request instead.
+            branch: the name of ``ModelHubMixin`` for ``revision``.
+
+        Returns:
+            The URL of the commit; it has ``pr_url`` where a pull request was opened.
+
+        Raises:
+            HubError: no token, no right to write there, or a connection that failed. What was not committed is not
+                visible on the hub.
+        """
+        revision = revision or branch
+        target = PushTarget(repo_id=repo_id, revision=revision, private=private, token=token, create_pr=create_pr)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            with opened(target) as repository:
+                card = locate_file(_CARD_FILE, repository.name, revision=revision, token=token)
+                foreign = card is not None and not is_plan_card(card.read_text(encoding="utf-8", errors="replace"))
+                names = {path.name for path in Path(folder).iterdir()} - ({_CARD_FILE} if foreign else set())
+                return repository.commit(Path(folder), sorted(names), commit_message)
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """The README.md of the plan's folder or repository."""
@@ -402,6 +441,7 @@ class BitRankPlan(
         Raises:
             InvalidPlanError: no plan there, damaged, or of a newer format.
             PlanMismatchError: the calibration beside it belongs to another plan.
+            HubError: the repository or revision does not exist, gives no access, or cannot be reached.
         """
         model_id = str(pretrained_model_name_or_path)
         hub_kwargs = {
@@ -457,23 +497,3 @@ def _check_tensors(path: Path, plan: BitRankPlan) -> None:
         raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
     if bits != [layer.bits for layer in plan.values()] or ranks != [layer.rank for layer in plan.values()]:
         raise InvalidPlanError(f"Tensors and header of {path} disagree; save or download it again.")
-
-
-def locate_file(filename: str, model_id: str, **hub_kwargs: Any) -> Path | None:
-    """Path of a file in a folder or hub repository; None where it is not there.
-
-    Raises:
-        InvalidPlanError: neither a folder nor a hub repository that can be reached.
-    """
-    if Path(model_id).is_dir():
-        path = Path(model_id) / filename
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(repo_id=model_id, filename=filename, **hub_kwargs))
-    except RemoteEntryNotFoundError:
-        return None
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise InvalidPlanError(
-            f"{model_id!r} is neither a folder here nor reachable on the hub; check the spelling, the connection and, "
-            "for a private repository, the token."
-        ) from error

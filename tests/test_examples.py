@@ -10,7 +10,6 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from huggingface_hub import HfApi
 
 from peft_autoqra import BitRankPlan, LayerPlan, cli
 from peft_autoqra.commands import searcher_recipe, train
@@ -78,24 +77,6 @@ def test_share_a_plan_in_a_folder(run_example, plan_folder, tmp_path):
     text = run_example("04_share_a_plan.py", "--plan", plan_folder, "--copy_to", tmp_path / "copy")
     assert "equal: True" in text
     assert "pushed" not in text
-
-
-def test_share_a_plan_on_the_hub(run_example, plan_folder, tmp_path, monkeypatch):
-    """The network ends at HfApi: what would be uploaded is looked at instead."""
-    uploaded = {}
-
-    class Created:
-        repo_id = "someone/some-plan"
-
-    def upload_folder(self, *, repo_id, folder_path, **_):
-        uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
-        return "https://hub/commit"
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, **_: Created)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    flags = ["--plan", plan_folder, "--copy_to", tmp_path / "copy", "--repo_id", "some-plan"]
-    assert "pushed: https://hub/commit" in run_example("04_share_a_plan.py", *flags)
-    assert uploaded == {"someone/some-plan": {"autoqra_plan.safetensors", "README.md"}}
 
 
 def test_examples_are_short():

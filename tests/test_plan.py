@@ -4,19 +4,11 @@ import copy
 import difflib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -40,7 +32,6 @@ LAYERS = {
     "layers.0.down_proj": LayerPlan(16, 0),
     "layers.1.q_proj": LayerPlan(2, 8),
 }
-RESPONSE: Any = SimpleNamespace(headers={}, request=None)  # of the hub
 SHAPES = {"layers.0.q_proj": (32, 64), "layers.0.down_proj": (64, 128), "layers.1.q_proj": (32, 64)}
 
 
@@ -339,34 +330,6 @@ def test_a_folder_without_a_plan(tmp_path: Path) -> None:
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(InvalidPlanError, match="missing-plan"):
         BitRankPlan.from_pretrained(tmp_path / "missing-plan")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        LocalEntryNotFoundError("offline, and not in the cache"),
-        OfflineModeIsEnabled("offline"),
-        RepositoryNotFoundError("404", response=RESPONSE),
-        HfHubHTTPError("503", response=RESPONSE),
-    ],
-)
-def test_a_mistyped_folder_looks_like_a_repository(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def download(**_: Any) -> str:
-        raise error
-
-    monkeypatch.setattr("peft_autoqra.plan.hf_hub_download", download)
-    with pytest.raises(InvalidPlanError, match="'out/plan' is neither a folder here nor reachable") as raised:
-        BitRankPlan.from_pretrained("out/plan")
-    assert raised.value.__cause__ is error
-
-
-def test_a_repository_without_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(**_: Any) -> str:
-        raise RemoteEntryNotFoundError("404", response=RESPONSE)
-
-    monkeypatch.setattr("peft_autoqra.plan.hf_hub_download", download)
-    with pytest.raises(InvalidPlanError, match=f"no {PLAN_FILE} in 'someone/model'"):
-        BitRankPlan.from_pretrained("someone/model")
 
 
 def test_a_safetensors_file_without_a_plan(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from peft.utils import PeftType, hotswap
 from peft.utils.other import get_pattern_key
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.plan import FORMAT_VERSION, locate_file
+from peft_autoqra.hub_files import locate_file
+from peft_autoqra.plan import FORMAT_VERSION
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.quant.decoded_linear import DecodedLinear
 from peft_autoqra.tuner.config import AutoQRAConfig

@@ -1,0 +1,383 @@
+"""What of a folder goes to the hub, from Python and by ``autoqra push``."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BaseModelInfo, BitRankPlan, cli
+from peft_autoqra.errors import HubError, InvalidPlanError
+from peft_autoqra.hub import ADAPTER, PLAN, QUANTIZED_BASE, inspect_folder, push_folder
+from peft_autoqra.hub_repository import PushTarget
+from peft_autoqra.plan import ADAPTER_FILE, PLAN_FILE
+from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE
+from tests.conftest import TinyLlamaFactory
+from tests.hub.conftest import OTHER, Hub
+from tests.test_cli import fails_with_one_line
+from tests.tiny_data import word_tokenizer
+from tests.tuner.synthetic import calibrated_plan, logits, randomize_adapters
+
+ADAPTER_FILES = {"adapter_config.json", ADAPTER_FILE, ADAPTER_CALIBRATION_FILE, "README.md"}
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+JUNK = (
+    "checkpoint-2/adapter_model.safetensors", "checkpoint-2/optimizer.pt", "finetune_result.json", "optimizer.pt",
+    "rng_state.pth", "runs/events", "scheduler.pt", "trainer_state.json", "training_args.bin", ".git/config",
+    "notes.txt", "model-00001-of-00002.safetensors", "autoqra_other.safetensors",
+)  # fmt: skip
+
+
+def add_junk(folder: Path) -> Path:
+    for name in JUNK:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"junk")
+    return folder
+
+
+@pytest.fixture
+def plan(tiny_llama: TinyLlamaFactory) -> BitRankPlan:
+    plan = calibrated_plan(tiny_llama())
+    return plan.replace(base_model=BaseModelInfo(name_or_path="me/base", fingerprint=plan.base_model.fingerprint))
+
+
+@pytest.fixture
+def plan_folder(plan: BitRankPlan, tmp_path: Path) -> Path:
+    plan.save_pretrained(tmp_path / "plan")
+    return tmp_path / "plan"
+
+
+@pytest.fixture
+def adapted(plan: BitRankPlan, tiny_llama: TinyLlamaFactory) -> nn.Module:
+    base = tiny_llama()
+    base.name_or_path = base.config._name_or_path = "me/base"
+    model = get_peft_model(base, AutoQRAConfig(plan=plan, task_type="CAUSAL_LM"))
+    randomize_adapters(model)
+    return model
+
+
+@pytest.fixture
+def adapter_folder(adapted: nn.Module, tmp_path: Path) -> Path:
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    word_tokenizer().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture(params=["1GB", "20KB"])
+def base_folder(tiny_llama: TinyLlamaFactory, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A quantized base in one file, or in several."""
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    config = AutoQRAQuantConfig(bits=3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    model.save_pretrained(tmp_path / "quantized", max_shard_size=request.param)
+    word_tokenizer().save_pretrained(tmp_path / "quantized")
+    return tmp_path / "quantized"
+
+
+# ------------------------------------------------------------------------------------------------------ what goes up
+def test_a_plan(hub: Hub, plan: BitRankPlan, plan_folder: Path) -> None:
+    shared = inspect_folder(add_junk(plan_folder))
+    assert (shared.kinds, shared.warnings) == ((PLAN,), ())
+    assert set(shared.filenames) == {PLAN_FILE, CALIBRATION_FILE, "README.md"}
+    push_folder(shared, PushTarget(repo_id="plan"))
+    repository = hub.server.repository("me/plan")
+    assert set(repository.files()) == set(shared.filenames)
+    assert repository.find("main").message == "Upload plan"
+    loaded = BitRankPlan.from_pretrained("me/plan")
+    assert loaded == plan
+    assert loaded.calibration.digest == plan.calibration.digest
+
+
+def test_an_adapter(hub: Hub, adapted: nn.Module, adapter_folder: Path, tiny_llama: TinyLlamaFactory) -> None:
+    tiny_llama().push_to_hub("me/base")
+    shared = inspect_folder(add_junk(adapter_folder))
+    assert (shared.kinds, shared.warnings) == ((ADAPTER,), ())
+    assert set(shared.filenames) == ADAPTER_FILES | TOKENIZER_FILES
+    assert {name.split("/")[0] for name in JUNK} == {name.rstrip("/") for name in shared.left_out}
+    push_folder(shared, PushTarget(repo_id="me/adapter"))
+    assert set(hub.server.repository("me/adapter").files()) == set(shared.filenames)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("me/adapter")), logits(adapted))
+
+
+def test_an_adapter_with_a_plan_beside_it(hub: Hub, plan: BitRankPlan, adapter_folder: Path) -> None:
+    plan.save_pretrained(adapter_folder)
+    shared = inspect_folder(adapter_folder)
+    assert shared.kinds == (PLAN, ADAPTER)
+    assert set(shared.filenames) == ADAPTER_FILES | TOKENIZER_FILES | {PLAN_FILE, CALIBRATION_FILE}
+    push_folder(shared, PushTarget(repo_id="me/both"))
+    assert hub.server.repository("me/both").find("main").message == "Upload plan and adapter"
+    assert BitRankPlan.from_pretrained("me/both").initialization == "compensate"
+
+
+def test_a_quantized_base(hub: Hub, base_folder: Path) -> None:
+    expected = logits(AutoModelForCausalLM.from_pretrained(base_folder))
+    weights = {path.name for path in base_folder.glob("model*")}
+    shared = inspect_folder(add_junk(base_folder))
+    assert (shared.kinds, shared.warnings) == ((QUANTIZED_BASE,), ())
+    assert set(shared.filenames) == weights | TOKENIZER_FILES | {"config.json", "generation_config.json"}
+    push_folder(shared, PushTarget(repo_id="me/quantized"))
+    assert set(hub.server.repository("me/quantized").files()) == set(shared.filenames)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("me/quantized")), expected)
+
+
+def test_a_plan_beside_a_dense_model(plan: BitRankPlan, tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    plan.save_pretrained(tmp_path)
+    shared = inspect_folder(tmp_path)
+    assert set(shared.filenames) == {PLAN_FILE, CALIBRATION_FILE, "README.md"}
+    assert "model.safetensors" in shared.left_out
+
+
+def test_the_calibration_of_another_time_stays_here(plan: BitRankPlan, plan_folder: Path) -> None:
+    plan.replace(calibration=None, initialization="zero").save_pretrained(plan_folder)
+    assert (plan_folder / CALIBRATION_FILE).exists()
+    assert CALIBRATION_FILE not in inspect_folder(plan_folder).filenames
+
+
+def test_pictures_of_the_card_go_with_it(plan_folder: Path) -> None:
+    for name in ("bits.png", "other.png", "figures/ranks.svg"):
+        (plan_folder / name).parent.mkdir(exist_ok=True)
+        (plan_folder / name).write_bytes(b"picture")
+    (plan_folder.parent / "secret.png").write_bytes(b"picture")
+    text = (plan_folder / "README.md").read_text()
+    links = '![a](./bits.png) <img src="figures/ranks.svg"> ![b](../secret.png) ![c](https://x/other.png) ![d](no.png)'
+    (plan_folder / "README.md").write_text(text + links)
+    shared = inspect_folder(plan_folder)
+    assert {name for name in shared.filenames if name.endswith(("png", "svg"))} == {"bits.png", "figures/ranks.svg"}
+
+
+def test_a_folder_without_a_card(hub: Hub, adapter_folder: Path) -> None:
+    (adapter_folder / "README.md").unlink()
+    push_folder(inspect_folder(adapter_folder), PushTarget(repo_id="me/adapter"))
+    assert "README.md" not in hub.server.repository("me/adapter").files()
+
+
+def test_an_adapter_that_transformers_saved(
+    hub: Hub, adapter_folder: Path, tiny_llama: TinyLlamaFactory, tmp_path: Path
+) -> None:
+    tiny_llama().push_to_hub("me/base")
+    model = tiny_llama()
+    model.load_adapter(str(adapter_folder))
+    model.save_pretrained(tmp_path / "again")
+    assert inspect_folder(tmp_path / "again").kinds == (ADAPTER,)
+
+
+# ----------------------------------------------------------------------------------------------------------- refused
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def change_tensors(path: Path, change) -> None:
+    tensors = load_file(path)
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    save_file(change(tensors), path, metadata=metadata)
+
+
+def drop_one(tensors):
+    first = min(name for name in tensors if "lora_A" in name).split("lora_A")[0]
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(first)}
+
+
+def widen(tensors):
+    return {n: np.concatenate([t, t]) if n.endswith("lora_A.weight") else t for n, t in tensors.items()}
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGE = {
+    "cut adapter": (lambda f: cut(f / ADAPTER_FILE), "damaged"),
+    "cut calibration": (lambda f: cut(f / ADAPTER_CALIBRATION_FILE), "damaged"),
+    "no calibration": (lambda f: (f / ADAPTER_CALIBRATION_FILE).unlink(), "missing beside the adapter"),
+    "no weights": (lambda f: (f / ADAPTER_FILE).unlink(), f"{ADAPTER_FILE} is missing"),
+    "no configuration": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+    "cut configuration": (lambda f: cut(f / "adapter_config.json"), "cannot be read"),
+    "a tensor missing": (lambda f: change_tensors(f / ADAPTER_FILE, drop_one), "is not of rank"),
+    "other ranks": (lambda f: change_tensors(f / ADAPTER_FILE, widen), "is not of rank"),
+    "unreadable card": (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "header of .* cannot be read"),
+    "local base": (lambda f: (f / "README.md").write_text("---\nbase_model: /home/me/m\n---\n"), "'/home/me/m'"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_adapter(adapter_folder: Path, damage, message: str) -> None:
+    damage(adapter_folder)
+    with pytest.raises(InvalidPlanError, match=message) as raised:
+        inspect_folder(adapter_folder)
+    assert str(adapter_folder) in str(raised.value)
+
+
+def test_an_adapter_of_a_newer_version(adapter_folder: Path) -> None:
+    edit_json(adapter_folder / "adapter_config.json", autoqra_version=99)
+    with pytest.raises(InvalidPlanError, match="upgrade"):
+        inspect_folder(adapter_folder)
+
+
+PLAN_DAMAGE = {
+    "cut plan": (lambda f: cut(f / PLAN_FILE), "damaged"),
+    "cut calibration": (lambda f: cut(f / CALIBRATION_FILE), "damaged"),
+    "no calibration": (lambda f: (f / CALIBRATION_FILE).unlink(), "missing beside the plan"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), PLAN_DAMAGE.values(), ids=PLAN_DAMAGE)
+def test_a_damaged_plan(plan_folder: Path, damage, message: str) -> None:
+    damage(plan_folder)
+    with pytest.raises(InvalidPlanError, match=message):
+        inspect_folder(plan_folder)
+
+
+def drop_shard(folder: Path) -> None:
+    min(folder.glob("model*.safetensors")).unlink()
+
+
+def swap_shards(folder: Path) -> None:
+    shards = sorted(folder.glob("model*.safetensors"))
+    if len(shards) > 1:
+        shutil.copy(shards[0], shards[1])
+    else:
+        cut(shards[0])
+
+
+BASE_DAMAGE = {
+    "cut weights": (lambda f: cut(min(f.glob("model*.safetensors"))), "damaged"),
+    "missing weights": (drop_shard, "There is no model.safetensors|is missing beside"),
+    "mixed up weights": (swap_shards, "damaged|other tensors than its index"),
+    "cut configuration": (lambda f: cut(f / "config.json"), "cannot be read"),
+    "no modules": (
+        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "autoqra"}),
+        "lists no",
+    ),
+    "other JSON": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BASE_DAMAGE.values(), ids=BASE_DAMAGE)
+def test_a_damaged_base(base_folder: Path, damage, message: str) -> None:
+    damage(base_folder)
+    with pytest.raises(InvalidPlanError, match=message):
+        inspect_folder(base_folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"a": "../model.safetensors"}])
+def test_an_index_that_lists_nothing(base_folder: Path, weight_map) -> None:
+    (base_folder / "model.safetensors").unlink(missing_ok=True)
+    (base_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InvalidPlanError, match="does not list the files"):
+        inspect_folder(base_folder)
+
+
+def test_nothing_of_ours(plan_folder: Path, tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    with pytest.raises(InvalidPlanError, match="There is no folder"):
+        inspect_folder(tmp_path / "nowhere")
+    with pytest.raises(InvalidPlanError, match=rf"holds no plan .* Did you mean {re.escape(str(plan_folder))}\?"):
+        inspect_folder(tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    with pytest.raises(InvalidPlanError, match="AutoQRA did not quantize; push it with transformers"):
+        inspect_folder(tmp_path / "dense")
+    get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    with pytest.raises(InvalidPlanError, match="LORA that AutoQRA did not make; push it with PEFT"):
+        inspect_folder(tmp_path / "lora")
+
+
+def test_the_directory_of_a_search(plan: BitRankPlan, tmp_path: Path) -> None:
+    plan.save_pretrained(tmp_path / "plan")
+    (tmp_path / "search_result.json").write_text("{}")
+    with pytest.raises(InvalidPlanError, match=rf"directory of a search.*push the plan in it, {tmp_path / 'plan'}"):
+        inspect_folder(tmp_path)
+
+
+def test_a_local_base_is_warned_of(adapter_folder: Path, plan: BitRankPlan, plan_folder: Path) -> None:
+    for local in ("/home/me/model", str(plan_folder), None):
+        edit_json(adapter_folder / "adapter_config.json", base_model_name_or_path=local)
+        (warning,) = inspect_folder(adapter_folder).warnings
+        assert f"base_model_name_or_path={local!r}" in warning
+        assert "hub id" in warning
+    plan.replace(base_model=BaseModelInfo(name_or_path="../model")).save_pretrained(plan_folder)
+    (warning,) = inspect_folder(plan_folder).warnings
+    assert "'../model'" in warning
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+def test_the_command_prints_what_goes_up_and_where(hub: Hub, plan_folder: Path, capsys) -> None:
+    add_junk(plan_folder)
+    argv = ["push", str(plan_folder), "--repo_id", "me/plan", "--private", "--revision", "dev"]
+    assert cli.main([*argv, "--commit_message", "Three bits"]) == 0
+    captured = capsys.readouterr()
+    repository = hub.server.repository("me/plan")
+    commit = repository.find("dev")
+    assert (repository.private, commit.message, repository.files("main")) == (True, "Three bits", {})
+    lines = captured.out.splitlines()
+    assert lines[-1] == f"https://huggingface.co/me/plan/commit/{commit.sha}"
+    sizes = {name: len(content) for name, content in repository.files("dev").items()}
+    for name, num_bytes in (*sizes.items(), ("total", sum(sizes.values()))):
+        assert re.search(rf"^{re.escape(name)} +{num_bytes:,}$", captured.out, re.MULTILINE)
+    assert "left out: .git/, autoqra_other.safetensors, checkpoint-2/" in captured.out
+
+
+def test_a_dry_run_asks_the_hub_nothing(hub: Hub, plan_folder: Path, capsys) -> None:
+    assert cli.main(["push", str(plan_folder), "--repo_id", "me/plan", "--dry_run"]) == 0
+    assert "dry run" in capsys.readouterr().out
+    assert not hub.server.requests()
+
+
+def test_a_pull_request_by_command(hub: Hub, plan_folder: Path, capsys) -> None:
+    HfApi().create_repo("me/plan")
+    argv = ["push", str(plan_folder), "--repo_id", "me/plan", "--create_pr", "--token", OTHER]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "https://huggingface.co/me/plan/discussions/1"
+    assert hub.server.repository("me/plan").files() == {}
+    assert PLAN_FILE in hub.server.repository("me/plan").files("refs/pr/1")
+
+
+def test_warnings_of_the_command(hub: Hub, adapter_folder: Path, capsys) -> None:
+    edit_json(adapter_folder / "adapter_config.json", base_model_name_or_path="/home/me/model")
+    assert cli.main(["push", str(adapter_folder), "--repo_id", "me/adapter"]) == 0
+    captured = capsys.readouterr()
+    warning = next(line for line in captured.err.splitlines() if line.startswith("autoqra push: warning:"))
+    assert "/home/me/model" in warning
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "words"),
+    [
+        (lambda f: cut(f / PLAN_FILE), [], ["damaged"]),
+        (lambda f: None, ["--create_pr", "--revision", "dev"], ["leave out revision='dev'"]),
+        (lambda f: None, ["--token", "hf_expired"], ["me/plan", "401"]),
+        (lambda f: None, ["--repo_id", "other/plan"], ["other/plan", "403"]),
+        (lambda f: None, ["--repo_id", "not a name"], ["'not a name' is no repository name"]),
+        (lambda f: None, ["--privat"], ["--privat"]),
+        (lambda f: shutil.rmtree(f), [], ["There is no folder"]),
+    ],
+)
+def test_mistakes_are_one_line_and_make_nothing(hub: Hub, plan_folder: Path, capsys, damage, flags, words) -> None:
+    damage(plan_folder)
+    fails_with_one_line(capsys, ["push", str(plan_folder), "--repo_id", "me/plan", *flags], *words)
+    assert not hub.server.state.repositories
+
+
+def test_a_repository_has_to_be_named(capsys, plan_folder: Path) -> None:
+    fails_with_one_line(capsys, ["push", str(plan_folder)], "--repo_id")
+
+
+def test_an_interrupted_push_of_a_folder_shows_nothing(hub: Hub, base_folder: Path) -> None:
+    fault = hub.server.fail("PUT", "cut")
+    target = PushTarget(repo_id="me/quantized")
+    with pytest.raises(HubError, match="not committed"):
+        push_folder(inspect_folder(base_folder), target)
+    assert hub.server.repository("me/quantized").files() == {}
+    fault.times = 0
+    push_folder(inspect_folder(base_folder), target)
+    assert hub.server.repository("me/quantized").files()
