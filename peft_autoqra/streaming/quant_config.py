@@ -11,7 +11,8 @@ from typing import Any, Literal, cast
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.plan import DENSE_BITS, FORMAT_VERSION, BitRankPlan, LayerPlan
+from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan
+from peft_autoqra.plan_file import FORMAT_VERSION
 from peft_autoqra.tuner.config import AutoQRAConfig
 
 METHOD = "autoqra"
