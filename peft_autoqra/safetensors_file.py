@@ -29,6 +29,10 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        """For messages."""
+        return f"{self.dtype} {list(self.shape)}"
+
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.config import _check_and_remove_unused_kwargs
 
-from peft_autoqra.errors import AutoQRAError, InvalidPlanError
+from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan_file import FORMAT_VERSION, MAX_MODULES
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.patterns import check_patterns_of_file
@@ -40,22 +40,21 @@ def read_saved_config(settings: Mapping[str, Any]) -> AutoQRAConfig:
         InvalidPlanError: a newer format, values of the wrong type, patterns that could take for ever, or values that
             no configuration can have.
     """
-    _check_types(settings)
-    check_patterns_of_file(settings)
-    known, unknown = _check_and_remove_unused_kwargs(AutoQRAConfig, settings)
-    if unknown:
-        warnings.warn(
-            f"Ignoring the keys {reprlib.repr(sorted(unknown))} of an adapter_config.json that a newer PEFT wrote.",
-            stacklevel=4,
-        )
     try:
-        return AutoQRAConfig(**known)
-    except AutoQRAError:
+        _check_types(settings)
+        check_patterns_of_file(settings)
+        known, unknown = _check_and_remove_unused_kwargs(AutoQRAConfig, settings)
+        config = AutoQRAConfig(**known)
+    except InvalidPlanError:
         raise
     except (ArithmeticError, AttributeError, ImportError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InvalidPlanError(
             f"The adapter_config.json is damaged ({error}); save or download the adapter again."
         ) from error
+    if unknown:
+        names = reprlib.repr(sorted(unknown))
+        warnings.warn(f"Ignoring the keys {names} of an adapter_config.json that a newer PEFT wrote.", stacklevel=4)
+    return config
 
 
 def _check_types(settings: Mapping[str, Any]) -> None:
@@ -81,7 +80,7 @@ def _check_types(settings: Mapping[str, Any]) -> None:
 
 
 def _has_type(value: object, types: tuple[type, ...]) -> bool:
-    """Of one of these types, where True is no number, lists hold one type, and containers are as small as real ones."""
+    """Of one of these types; True is no number, lists hold one type, and containers are as small as real ones."""
     if isinstance(value, bool):
         return bool in types
     if isinstance(value, list):
