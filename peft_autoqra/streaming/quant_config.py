@@ -199,8 +199,8 @@ def _check_format(quant_method: str, version: int, unknown: Mapping[str, Any]) -
         raise InvalidPlanError(f"quant_method={quant_method!r} is of another quantizer; AutoQRA's is {METHOD!r}.")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise InvalidPlanError(
-            f"The quantized model has AutoQRA format {reprlib.repr(version)}, this peft_autoqra reads up to {FORMAT_VERSION}: "
-            "upgrade with `pip install -U peft-autoqra`."
+            f"The quantized model has AutoQRA format {reprlib.repr(version)}, this peft_autoqra reads up to "
+            f"{FORMAT_VERSION}: upgrade with `pip install -U peft-autoqra`."
         )
     if unknown:
         raise InvalidPlanError(
