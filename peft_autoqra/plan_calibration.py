@@ -159,7 +159,7 @@ class PlanCalibration:
         """
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
-            entries = tensor_entries(file)
+            entries = tensor_entries(file, path)
             _check_entries(path, entries, shapes or {})
             found = metadata.get(_CHECKSUM)
             if found is not None and digest not in (None, found):

@@ -18,14 +18,16 @@ from peft_autoqra.safetensors_file import TensorEntry, open_safetensors, tensor_
 PLAN_FILE = "autoqra_plan.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 1
-MAX_MODULES = 2**17
-"""More than any model has; the largest mixture of experts has 70,000 linear layers."""
+MAX_MODULES = 2**16
+"""More than any model has; mixtures of experts, whose experts are layers of their own, come to some 40,000."""
 
 _PLAN = "autoqra_plan"
 _VERSION = "autoqra_format_version"
 _CHECKSUM = "autoqra_checksum"
 _CALIBRATION_DIGEST = "autoqra_calibration_digest"
-_MAX_TEXT_LENGTH = 2**24
+_MAX_TEXT_LENGTH = 2**23
+_MAX_VALUES = 2**19
+_MAX_CONTAINERS = 2**17
 _MAX_DEPTH = 32
 
 
@@ -89,10 +91,10 @@ def write_header(content: PlanContent, calibration_digest: str) -> dict[str, str
     """
     values = vars(content)
     text = json.dumps(values)
-    if len(text) > _MAX_TEXT_LENGTH or _is_deeper(values, _MAX_DEPTH):
+    if _is_too_large(text) or _is_deeper(values, _MAX_DEPTH):
         raise InvalidPlanError(
-            f"The plan takes {len(text)} characters as JSON, or more than {_MAX_DEPTH} levels; at most "
-            f"{_MAX_TEXT_LENGTH} characters can be read. Leave out parts of its provenance."
+            f"The plan takes {len(text)} characters as JSON, which is more than can be read, or has too many levels "
+            "or parts; leave out parts of its provenance."
         )
     metadata = {_VERSION: str(FORMAT_VERSION), _PLAN: text, _CALIBRATION_DIGEST: calibration_digest}
     return metadata | {_CHECKSUM: checksum(metadata)}
@@ -167,7 +169,7 @@ def check_tensors(path: Path, bits: Sequence[int], ranks: Sequence[int]) -> None
     """
     wanted = TensorEntry("I32", (len(bits),))
     with open_safetensors(path) as file:
-        fits = tensor_entries(file) == {"bits": wanted, "rank": wanted}
+        fits = tensor_entries(file, path) == {"bits": wanted, "rank": wanted}
         if fits and (file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()) == (list(bits), list(ranks)):
             return
     raise InvalidPlanError(f"Tensors and header of {path} disagree; save or download it again.")
@@ -181,12 +183,21 @@ def checksum(metadata: Mapping[str, str]) -> str:
 
 def _parse_json(text: str) -> dict[str, Any]:
     """A JSON object of bounded size and depth in which no key comes twice."""
-    if len(text) > _MAX_TEXT_LENGTH:
-        raise ValueError(f"{len(text)} characters, the most that is read is {_MAX_TEXT_LENGTH}")
+    if _is_too_large(text):
+        raise ValueError(f"{len(text)} characters of JSON, more than any plan has, or more parts")
     content = json.loads(text, object_pairs_hook=_without_duplicates)
     if not isinstance(content, dict) or _is_deeper(content, _MAX_DEPTH):
         raise ValueError(f"no JSON object, or one of more than {_MAX_DEPTH} levels")
     return content
+
+
+def _is_too_large(text: str) -> bool:
+    """Whether JSON takes long to parse or much memory: an empty list takes 3 characters, and then 64 bytes."""
+    return (
+        len(text) > _MAX_TEXT_LENGTH
+        or text.count(",") > _MAX_VALUES
+        or text.count("[") + text.count("{") > _MAX_CONTAINERS
+    )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

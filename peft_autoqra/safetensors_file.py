@@ -13,8 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from peft_autoqra.errors import InvalidPlanError
 
-MAX_HEADER_BYTES = 2**25
-"""A plan of 100,000 modules or its adapter takes less; safetensors itself would read 100 MB and take 400 for it."""
+MAX_HEADER_BYTES = 2**24
+"""A plan or adapter of 30,000 modules takes less; safetensors itself would read 100 MB and take 400 for it."""
+
+MAX_TENSORS = 2**17
+"""Up to six a module."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,20 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def tensor_entries(file: Any) -> dict[str, TensorEntry]:
-    """Every tensor of an open file, unread."""
-    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+def tensor_entries(file: Any, path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of an open file, unread.
+
+    Args:
+        file: that :func:`open_safetensors` gave.
+        path: of it, for messages.
+
+    Raises:
+        InvalidPlanError: there are more than in any file of ours.
+    """
+    keys = file.keys()
+    if len(keys) > MAX_TENSORS:
+        raise InvalidPlanError(f"{path} is none of ours: it holds {len(keys)} tensors; save or download it again.")
+    slices = {key: file.get_slice(key) for key in keys}
     return {key: TensorEntry(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
 
 

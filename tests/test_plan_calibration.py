@@ -93,6 +93,13 @@ def test_a_billion_inputs(tmp_path: Path) -> None:
         PlanCalibration.load(path, "1")
 
 
+def test_more_tensors_than_any_calibration_has(tmp_path: Path) -> None:
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    write_raw(tmp_path / CALIBRATION_FILE, {f"codes:{index}": entry for index in range(2**17 + 1)})
+    with little_memory(), pytest.raises(InvalidPlanError, match="131073 tensors"):
+        PlanCalibration.load(tmp_path / CALIBRATION_FILE)
+
+
 @pytest.mark.parametrize("kind", ["empty", "page", "deep", "folder", "loop", "nothing"])
 def test_no_calibration_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / CALIBRATION_FILE

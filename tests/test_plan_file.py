@@ -89,10 +89,11 @@ def test_a_header_of_a_hundred_megabytes(tmp_path: Path) -> None:
     refused(tmp_path, "claims a header of")
 
 
-def test_more_text_than_any_plan_has(tmp_path: Path) -> None:
-    header = sealed(json.dumps(CONTENT | {"provenance": {"log": "x" * 2**24}}))
-    write_raw(tmp_path / PLAN_FILE, {"__metadata__": header})
-    refused(tmp_path, "the most that is read")
+@pytest.mark.parametrize("part", ["x" * 2**23, "[]," * 2**18, "0," * 2**20, '{"a":0},' * 2**17], ids=len)
+def test_more_text_or_parts_than_any_plan_has(tmp_path: Path, part: str) -> None:
+    text = json.dumps(CONTENT | {"provenance": ["HERE"]}).replace('"HERE"', part.rstrip(",") or "[]")
+    write_raw(tmp_path / PLAN_FILE, {"__metadata__": sealed(text)})
+    refused(tmp_path, "more than any plan has")
 
 
 def test_more_modules_than_any_model_has(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_more_modules_than_any_model_has(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_that_could_not_be_read() -> None:
-    for provenance in ({"log": "x" * 2**24}, {"nested": json.loads(nested(40))}):
+    for provenance in ({"log": "x" * 2**23}, {"nested": json.loads(nested(40))}):
         with pytest.raises(InvalidPlanError, match="provenance"):
             PLAN.replace(provenance=provenance).to_metadata()
 

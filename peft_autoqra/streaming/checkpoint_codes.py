@@ -44,7 +44,7 @@ def check_code_entries(model: nn.Module, module_names: Iterable[str], files: Ite
         if not str(file).endswith(".safetensors"):
             continue
         with open_safetensors(Path(file)) as opened:
-            entries = tensor_entries(opened)
+            entries = tensor_entries(opened, Path(file))
         _check_entries(file, entries, wanted)
         with_codes |= {key for key in entries if key.rpartition(".")[2] == _CODES}
     if len(with_codes) > num_layers:

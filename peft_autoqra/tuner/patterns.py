@@ -25,7 +25,7 @@ _TYPICAL_NAME_LENGTH = 100
 _MAX_WAYS = 5_000_000
 """Of matching one name, all patterns of a file together: some milliseconds."""
 
-_WAYS_PER_PATTERN = 1_000
+_WAYS_PER_CHARACTER = 100
 """For compiling it."""
 
 _KEY = r"(.*\.)?({})$"
@@ -86,7 +86,7 @@ def check_patterns_of_file(settings: Mapping[str, Any]) -> None:
             continue
         try:
             wrapped = parser.parse(_wrapped(field, pattern))
-            ways += _WAYS_PER_PATTERN + _ways(wrapped, inside_repeat=False)
+            ways += _WAYS_PER_CHARACTER * len(pattern) + _ways(wrapped, inside_repeat=False)
         except (re.error, OverflowError, RecursionError, ValueError) as error:
             raise InvalidPlanError(_refusal(field, pattern, f"cannot be used ({error})")) from error
         if ways > _MAX_WAYS:
