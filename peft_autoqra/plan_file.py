@@ -45,6 +45,9 @@ class PlanContent:
         base_model: arguments of ``BaseModelInfo``.
         memory: arguments of ``MemoryEstimate``.
         provenance: anything.
+
+    Raises:
+        InvalidPlanError: something has another type, or there are too many modules.
     """
 
     modules: Sequence[str]
@@ -58,7 +61,7 @@ class PlanContent:
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Check the types of what JSON gave."""
+        """Check the types of what JSON or a plan gave."""
         lists = {"modules": self.modules, "bits": self.bits, "rank": self.rank}
         for name, values in lists.items():
             kind = str if name == "modules" else int
@@ -76,7 +79,7 @@ class PlanContent:
 
 def _check(holds: bool, what: str) -> None:
     if not holds:
-        raise ValueError(f"wrong {what}")
+        raise InvalidPlanError(f"wrong {what}")
 
 
 def write_header(content: PlanContent, calibration_digest: str) -> dict[str, str]:
