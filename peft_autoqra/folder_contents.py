@@ -10,8 +10,9 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
 from peft_autoqra.errors import AutoQRAError, InvalidPlanError
-from peft_autoqra.plan import ADAPTER_FILE, PLAN_FILE, BitRankPlan, read_plan_header
+from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE
+from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE, read_header
 from peft_autoqra.streaming.quant_config import METHOD, AutoQRAQuantConfig
 from peft_autoqra.tuner.config import AutoQRAConfig
 
@@ -68,7 +69,7 @@ def _read_adapter_config(folder: Path) -> AutoQRAConfig:
 
 def _check_adapter(path: Path) -> None:
     """Every module with a rank has its adapter, and of that rank, where the file says which."""
-    header, shapes = read_plan_header(path), _tensor_shapes(path)
+    header, shapes = read_header(path), _tensor_shapes(path)
     if "autoqra_plan" not in header:  # transformers' own way of saving adapters leaves it out
         return
     for name, layer in BitRankPlan.from_metadata(header, str(path)).items():

@@ -15,7 +15,8 @@ from yaml import YAMLError
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.folder_contents import ADAPTER_CONFIG, MODEL_CONFIG, adapter_files, base_files, plan_files, read_json
 from peft_autoqra.hub_repository import PushTarget, opened
-from peft_autoqra.plan import ADAPTER_FILE, PLAN_FILE, BitRankPlan, read_plan_header
+from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE, read_header
 from peft_autoqra.search_result import PLAN_FOLDER, RESULT_FILE
 
 PLAN, ADAPTER, QUANTIZED_BASE = "plan", "adapter", "quantized base"
@@ -163,7 +164,7 @@ def _warnings(folder: Path, kinds: tuple[str, ...]) -> list[str]:
                 "model's hub id there."
             )
     if PLAN in kinds:
-        plan = BitRankPlan.from_metadata(read_plan_header(folder / PLAN_FILE), str(folder))
+        plan = BitRankPlan.from_metadata(read_header(folder / PLAN_FILE), str(folder))
         base = plan.base_model.name_or_path
         if base is not None and not _may_be_on_hub(base):
             found.append(

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import reprlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,25 +16,22 @@ from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import ModelCard, ModelHubMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from peft_autoqra import plan_file
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.hub_files import locate_file
 from peft_autoqra.hub_repository import PushTarget, opened
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.model_card import PlanCard, is_plan_card
+from peft_autoqra.module_names import check_module_name
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE, PlanCalibration
+from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE
 
-PLAN_FILE = "autoqra_plan.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4, 8, 16)
 DENSE_BITS = 16
-
 _CARD_FILE = "README.md"
-_CHECKSUM = "autoqra_checksum"
-_CALIBRATION_DIGEST = "autoqra_calibration_digest"
+MAX_SIZE = 2**31 - 1
+"""Of a side of a weight, and so of a rank."""
 
 
 @dataclass(frozen=True, order=True)
@@ -41,7 +39,7 @@ class LayerPlan:
     """Weight bits and LoRA rank of one module; 16 bits means unquantized, rank 0 means no adapter.
 
     Raises:
-        InvalidPlanError: bits are not one of 2, 3, 4, 8, 16 or the rank is not a non-negative integer.
+        InvalidPlanError: bits are not one of 2, 3, 4, 8, 16 or the rank is not an integer from 0 to 2^31 - 1.
     """
 
     bits: int
@@ -51,14 +49,26 @@ class LayerPlan:
         """Check both values, and make plain integers of NumPy's, which JSON does not know."""
         if not _is_integer(self.bits) or self.bits not in SUPPORTED_BITS:
             raise InvalidPlanError(f"bits={self.bits!r} is not supported; choose one of {SUPPORTED_BITS}.")
-        if not _is_integer(self.rank) or self.rank < 0:
-            raise InvalidPlanError(f"rank={self.rank!r} must be an integer of at least 0 (0 means no adapter).")
+        if not _is_integer(self.rank) or not 0 <= self.rank <= MAX_SIZE:
+            raise InvalidPlanError(
+                f"rank={self.rank!r} must be an integer of at least 0 (0 means no adapter) and at most {MAX_SIZE}."
+            )
         object.__setattr__(self, "bits", int(self.bits))
         object.__setattr__(self, "rank", int(self.rank))
 
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _checked_shape(name: str, shape: object) -> tuple[int, int]:
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else ()
+    if len(sizes) != 2 or not all(_is_integer(size) and 0 < size <= MAX_SIZE for size in sizes):
+        raise InvalidPlanError(
+            f"The plan gives {name!r} the shape {reprlib.repr(shape)}; give (out_features, in_features), two integers "
+            f"from 1 to {MAX_SIZE}."
+        )
+    return int(sizes[0]), int(sizes[1])
 
 
 BACKENDS = ("native", "gptq", "bitsandbytes")
@@ -126,7 +136,8 @@ class BitRankPlan(
         calibration: what calibration found: weights of the quantizer's fit, initial adapters. Not part of equality.
 
     Raises:
-        InvalidPlanError: no layers, or shapes for modules that the plan does not name.
+        InvalidPlanError: no layers, names that no module has, shapes for modules that the plan does not name or that
+            are none, or ranks that do not fit the shapes.
     """
 
     def __init__(
@@ -145,17 +156,16 @@ class BitRankPlan(
         if not layers:
             raise InvalidPlanError("A plan needs at least one module.")
         for name, layer in layers.items():
-            if not isinstance(name, str):
-                raise InvalidPlanError(f"The plan names the module {name!r}; give its dotted name as text.")
+            check_module_name(name)
             if not isinstance(layer, LayerPlan):
                 raise InvalidPlanError(f"The plan of {name!r} is {layer!r}; give LayerPlan(bits=..., rank=...).")
         unknown = sorted(set(shapes or {}) - set(layers))
         if unknown:
-            raise InvalidPlanError(f"Shapes are given for {unknown[:3]}, which the plan does not name.")
+            raise InvalidPlanError(f"Shapes are given for {reprlib.repr(unknown)}, which the plan does not name.")
         if initialization not in ("compensate", "zero"):
             raise InvalidPlanError(f"initialization={initialization!r} must be 'compensate' or 'zero'.")
         self._layers = dict(layers)
-        self.shapes: dict[str, tuple[int, int]] = {name: (int(n), int(k)) for name, (n, k) in (shapes or {}).items()}
+        self.shapes = {name: _checked_shape(name, shape) for name, shape in (shapes or {}).items()}
         self.quantizer = quantizer or QuantizerSettings()
         self.initialization = initialization
         self.base_model = base_model or BaseModelInfo()
@@ -254,25 +264,26 @@ class BitRankPlan(
         }
         return BitRankPlan(**(arguments | changes))
 
+    def _content(self) -> plan_file.PlanContent:
+        return plan_file.PlanContent(
+            modules=list(self),
+            bits=[layer.bits for layer in self.values()],
+            rank=[layer.rank for layer in self.values()],
+            shapes=self.shapes,
+            quantizer=asdict(self.quantizer),
+            initialization=self.initialization,
+            base_model=asdict(self.base_model),
+            memory=self.memory.to_dict() if self.memory else None,
+            provenance=self.provenance,
+        )
+
     def to_metadata(self) -> dict[str, str]:
-        """The plan as a flat mapping of strings, for the header of a safetensors file."""
-        content = {
-            "modules": list(self),
-            "bits": [layer.bits for layer in self.values()],
-            "rank": [layer.rank for layer in self.values()],
-            "shapes": self.shapes,
-            "quantizer": asdict(self.quantizer),
-            "initialization": self.initialization,
-            "base_model": asdict(self.base_model),
-            "memory": self.memory.to_dict() if self.memory else None,
-            "provenance": self.provenance,
-        }
-        metadata = {
-            "autoqra_format_version": str(FORMAT_VERSION),
-            "autoqra_plan": json.dumps(content),
-            _CALIBRATION_DIGEST: self.calibration.digest if self.calibration is not None else "",
-        }
-        return metadata | {_CHECKSUM: _checksum(metadata)}
+        """The plan as a flat mapping of strings, for the header of a safetensors file.
+
+        Raises:
+            InvalidPlanError: too much provenance for any reader.
+        """
+        return plan_file.write_header(self._content(), self.calibration.digest if self.calibration is not None else "")
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, source: str) -> BitRankPlan:
@@ -285,41 +296,19 @@ class BitRankPlan(
         Raises:
             InvalidPlanError: no plan, a newer format, a wrong checksum or content that does not fit together.
         """
-        metadata = metadata or {}
-        if "autoqra_plan" not in metadata:
-            raise InvalidPlanError(f"{source} holds no AutoQRA plan; was it written by BitRankPlan.save_pretrained?")
-        version = metadata.get("autoqra_format_version", "")
-        if not version.isdecimal() or int(version) > FORMAT_VERSION:
-            raise InvalidPlanError(
-                f"{source} has plan format {version!r}, this peft_autoqra reads up to {FORMAT_VERSION}: "
-                "upgrade with `pip install -U peft-autoqra`."
-            )
-        if metadata.get(_CHECKSUM) != _checksum(metadata):
-            raise InvalidPlanError(f"The plan in {source} is damaged (wrong checksum); save or download it again.")
+        content = plan_file.parse_header(metadata, source)
         try:
-            return cls._from_content(json.loads(metadata["autoqra_plan"]))
-        except InvalidPlanError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidPlanError(
-                f"The plan in {source} is damaged ({error!r}); save or download it again."
-            ) from error
-
-    @classmethod
-    def _from_content(cls, content: dict[str, Any]) -> BitRankPlan:
-        layers = {
-            name: LayerPlan(bits, rank)
-            for name, bits, rank in zip(content["modules"], content["bits"], content["rank"], strict=True)
-        }
-        return cls(
-            layers,
-            shapes={name: (n, k) for name, (n, k) in content["shapes"].items()},
-            quantizer=QuantizerSettings(**content["quantizer"]),
-            initialization=content["initialization"],
-            base_model=BaseModelInfo(**content["base_model"]),
-            memory=MemoryEstimate(**content["memory"]) if content["memory"] else None,
-            provenance=content["provenance"],
-        )
+            return cls(
+                {n: LayerPlan(b, r) for n, b, r in zip(content.modules, content.bits, content.rank, strict=True)},
+                shapes=content.shapes,  # type: ignore[arg-type]
+                quantizer=QuantizerSettings(**content.quantizer),
+                initialization=content.initialization,  # type: ignore[arg-type]
+                base_model=BaseModelInfo(**content.base_model),
+                memory=MemoryEstimate(**content.memory) if content.memory is not None else None,
+                provenance=content.provenance,
+            )
+        except (InvalidPlanError, TypeError) as error:
+            raise InvalidPlanError(f"The plan in {source} is damaged: {error} Save or download it again.") from error
 
     def save_pretrained(
         self,
@@ -409,11 +398,7 @@ class BitRankPlan(
         return ModelCard(card.render())
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {
-            "bits": np.array([layer.bits for layer in self.values()], dtype=np.int32),
-            "rank": np.array([layer.rank for layer in self.values()], dtype=np.int32),
-        }
-        save_file(tensors, save_directory / PLAN_FILE, metadata=self.to_metadata())
+        plan_file.save(save_directory / PLAN_FILE, self._content(), self.to_metadata())
         if self.calibration is not None:
             self.calibration.save(save_directory)
 
@@ -456,44 +441,16 @@ class BitRankPlan(
             raise InvalidPlanError(
                 f"There is no {PLAN_FILE} in {model_id!r}; give the folder or repository of a plan or adapter."
             )
-        metadata = read_plan_header(path)
+        metadata = plan_file.read_header(path)
         plan = cls.from_metadata(metadata, str(path))
         if path.name == PLAN_FILE:
-            _check_tensors(path, plan)
-        digest = metadata.get(_CALIBRATION_DIGEST)
+            layers = plan.values()
+            plan_file.check_tensors(path, [layer.bits for layer in layers], [layer.rank for layer in layers])
+        digest = plan_file.calibration_digest(metadata)
         if not digest:
             return plan
         filename = CALIBRATION_FILE if path.name == PLAN_FILE else ADAPTER_CALIBRATION_FILE
         calibration_path = locate_file(filename, model_id, **hub_kwargs)
         if calibration_path is None:
             raise InvalidPlanError(f"{filename} is missing beside the plan in {model_id!r}; copy it there.")
-        return plan.replace(calibration=PlanCalibration.load(calibration_path, digest))
-
-
-def read_plan_header(path: Path) -> dict[str, str]:
-    """Header of a plan or adapter file.
-
-    Raises:
-        InvalidPlanError: the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="np") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
-
-
-def _checksum(metadata: Mapping[str, str]) -> str:
-    """SHA-256 of everything of ours in a header but the checksum itself."""
-    ours = sorted((key, value) for key, value in metadata.items() if key.startswith("autoqra_") and key != _CHECKSUM)
-    return hashlib.sha256(json.dumps(ours).encode()).hexdigest()[:32]
-
-
-def _check_tensors(path: Path, plan: BitRankPlan) -> None:
-    try:
-        with safe_open(path, framework="np") as file:
-            bits, ranks = file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()
-    except SafetensorError as error:
-        raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
-    if bits != [layer.bits for layer in plan.values()] or ranks != [layer.rank for layer in plan.values()]:
-        raise InvalidPlanError(f"Tensors and header of {path} disagree; save or download it again.")
+        return plan.replace(calibration=PlanCalibration.load(calibration_path, digest, plan.shapes))

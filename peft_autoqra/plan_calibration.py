@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra.module_names import check_module_name
+from peft_autoqra.safetensors_file import TensorEntry, open_safetensors, tensor_entries
 
 CALIBRATION_FILE = "autoqra_calibration.safetensors"
 ADAPTER_CALIBRATION_FILE = "autoqra_adapter_calibration.safetensors"  # its own, so a plan may lie beside an adapter
@@ -21,6 +25,15 @@ _MOMENT = "input_second_moment"
 _LEFT = "correction_left"
 _RIGHT = "correction_right"
 _CODES = ("codes", "scale_codes", "scale_base")
+_FORMATS = {
+    _MOMENT: ("F32", (1,)),
+    _LEFT: ("F16", (2,)),
+    _RIGHT: ("F16", (2,)),
+    "codes": ("U8", (1,)),
+    "scale_codes": ("U8", (1, 2)),
+    "scale_base": ("U8", (1, 3)),
+}
+"""Type and numbers of dimensions, by kind."""
 _CHECKSUM = "autoqra_checksum"
 
 
@@ -130,51 +143,105 @@ class PlanCalibration:
         return tensors
 
     @classmethod
-    def load(cls, path: Path, digest: str | None = None) -> PlanCalibration:
-        """Read a file that :meth:`save` wrote.
+    def load(
+        cls, path: Path, digest: str | None = None, shapes: Mapping[str, tuple[int, int]] | None = None
+    ) -> PlanCalibration:
+        """Read a file that :meth:`save` wrote. Names, types and shapes are checked before any value is read.
 
         Args:
             path: of the file.
             digest: as the plan or adapter notes it.
+            shapes: module name to weight shape, where known: tensors of these modules have to fit.
 
         Raises:
             InvalidPlanError: the file is damaged or holds something else.
-            PlanMismatchError: it has another digest.
+            PlanMismatchError: it has another digest, or is of modules of other shapes.
         """
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise InvalidPlanError(f"{path} is damaged ({error}); save or download it again.") from error
-        by_kind: dict[str, dict[str, npt.NDArray[np.generic]]] = {
-            kind: {} for kind in (_MOMENT, _LEFT, _RIGHT, *_CODES)
-        }
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(":")
-            if kind not in by_kind or not name:
-                raise InvalidPlanError(f"{path} holds the unknown tensor {key!r}; it is no AutoQRA calibration file.")
-            by_kind[kind][name] = tensor
-        if by_kind[_LEFT].keys() != by_kind[_RIGHT].keys() or len({frozenset(by_kind[kind]) for kind in _CODES}) > 1:
-            raise InvalidPlanError(f"{path} holds parts of some corrections or codes only; save or download it again.")
-        if metadata.get(_CHECKSUM) != _checksum(tensors):
+        with open_safetensors(path) as file:
+            metadata = file.metadata() or {}
+            entries = tensor_entries(file, path)
+            _check_entries(path, entries, shapes or {})
+            found = metadata.get(_CHECKSUM)
+            if found is not None and digest not in (None, found):
+                raise PlanMismatchError(
+                    f"{path} belongs to another plan or adapter than the one beside it; copy the right {path.name} "
+                    "there, or save or download plan or adapter again."
+                )
+            tensors = {key: file.get_tensor(key) for key in entries}
+        if found != _checksum(tensors):
             raise InvalidPlanError(f"{path} is damaged (wrong checksum); save or download it again.")
-        if digest not in (None, metadata[_CHECKSUM]):
-            raise PlanMismatchError(
-                f"{path} belongs to another plan or adapter than the one beside it; copy the right {path.name} there, "
-                "or save or download plan or adapter again."
-            )
+        _check_values(path, tensors)
+        return cls._from_tensors(tensors)
+
+    @classmethod
+    def _from_tensors(cls, tensors: Mapping[str, npt.NDArray[Any]]) -> PlanCalibration:
+        by_kind = _by_kind(tensors)
         return cls(
-            input_second_moments=by_kind[_MOMENT],  # type: ignore[arg-type]
+            input_second_moments=by_kind[_MOMENT],
             corrections={
-                name: Correction(left=left, right=by_kind[_RIGHT][name])  # type: ignore[arg-type]
-                for name, left in by_kind[_LEFT].items()
+                name: Correction(left=left, right=by_kind[_RIGHT][name]) for name, left in by_kind[_LEFT].items()
             },
-            codes={
-                name: StoredCodes(**{kind: by_kind[kind][name] for kind in _CODES})  # type: ignore[arg-type]
-                for name in by_kind["codes"]
-            },
+            codes={name: StoredCodes(**{kind: by_kind[kind][name] for kind in _CODES}) for name in by_kind["codes"]},
         )
+
+
+_Value = TypeVar("_Value")
+
+
+def _by_kind(tensors: Mapping[str, _Value]) -> dict[str, dict[str, _Value]]:
+    """Kind to module name to tensor."""
+    by_kind: dict[str, dict[str, _Value]] = {kind: {} for kind in _FORMATS}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(":")
+        by_kind[kind][name] = tensor
+    return by_kind
+
+
+def _check_entries(path: Path, entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, int]]) -> None:
+    for key, entry in entries.items():
+        kind, _, name = key.partition(":")
+        if kind not in _FORMATS or not name:
+            raise InvalidPlanError(
+                f"{path} holds the unknown tensor {reprlib.repr(key)}; it is no AutoQRA calibration file."
+            )
+        check_module_name(name)
+        dtype, dimensions = _FORMATS[kind]
+        if entry.dtype != dtype or len(entry.shape) not in dimensions:
+            raise InvalidPlanError(f"{path} is damaged ({key!r} is {entry}); save or download it again.")
+    by_kind = _by_kind(entries)
+    if by_kind[_LEFT].keys() != by_kind[_RIGHT].keys() or len({frozenset(by_kind[kind]) for kind in _CODES}) > 1:
+        raise InvalidPlanError(f"{path} holds parts of some corrections or codes only; save or download it again.")
+    for name, left in by_kind[_LEFT].items():
+        if left.shape[1] != by_kind[_RIGHT][name].shape[0]:
+            raise InvalidPlanError(f"{path} is damaged (two ranks of {name!r}); save or download it again.")
+    for name, shape in shapes.items():
+        parts = {kind: by_kind[kind][name].shape for kind in _FORMATS if name in by_kind[kind]}
+        if not _fits(parts, *shape):
+            raise PlanMismatchError(
+                f"{path} holds {parts} for {name!r}, whose weight has shape {shape} in the plan; copy the right "
+                f"{path.name} there, or save or download it again."
+            )
+
+
+def _fits(parts: Mapping[str, tuple[int, ...]], out_features: int, in_features: int) -> bool:
+    """Whether tensors of these shapes can belong to a weight of this shape; the quantizer checks codes exactly."""
+    num_weights, largest_rank = out_features * in_features, min(out_features, in_features)
+    rank = parts.get(_LEFT, (0, 0))[1]
+    return (
+        parts.get(_MOMENT, (in_features,)) == (in_features,)
+        and parts.get(_LEFT, (out_features, rank)) == (out_features, rank)
+        and parts.get(_RIGHT, (rank, in_features)) == (rank, in_features)
+        and rank <= largest_rank
+        and all(math.prod(parts.get(kind, ())) <= num_weights for kind in _CODES)
+    )
+
+
+def _check_values(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise InvalidPlanError(f"{path} holds values of {key!r} that are not finite; calibrate the plan again.")
+        if key.startswith(_MOMENT) and (tensor < 0).any():
+            raise InvalidPlanError(f"{path} holds negative values of {key!r}; calibrate the plan again.")
 
 
 def _checksum(tensors: Mapping[str, npt.NDArray[np.generic]]) -> str:

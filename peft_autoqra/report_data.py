@@ -11,7 +11,8 @@ from typing import Any
 
 from peft_autoqra.errors import SearchStateError
 from peft_autoqra.memory_estimate import MemoryEstimate
-from peft_autoqra.plan import PLAN_FILE, BitRankPlan
+from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan_file import PLAN_FILE
 
 _TRIALS_FILE, _RESULT_FILE, _RECIPE_FILE, _PLAN_FOLDER = "trials.jsonl", "search_result.json", "recipe.yaml", "plan"
 

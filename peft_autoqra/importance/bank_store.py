@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -95,4 +96,4 @@ class BankStore:
             return None
 
     def _path(self, name: str, bits: int) -> Path:
-        return Path(self._directory or "", f"{bits}bit", f"{name}.safetensors")
+        return Path(self._directory or "", f"{bits}bit", f"{quote(name, safe='')}.safetensors")

@@ -127,13 +127,15 @@ def _stored_weight(weight_format: WeightFormat, stored: StoredCodes, device: tor
 
 
 def _check_codes(stored: StoredCodes, weight_format: WeightFormat, name: str) -> None:
-    found = (stored.codes.size, stored.scale_codes.size + stored.scale_base.size)
-    wanted = (weight_format.weight_bytes, weight_format.metadata_bytes)
-    if found != wanted:
+    found = (stored.codes.shape, stored.scale_codes.shape, stored.scale_base.shape)
+    if found != weight_format.tensor_shapes:
         raise PlanMismatchError(
-            f"The plan carries {found} bytes of codes and metadata for {name!r}, {weight_format} takes {wanted}; "
-            "use the base model, bits and group size that were calibrated, or calibrate again."
+            f"The plan carries codes and metadata of shapes {found} for {name!r}, {weight_format} takes "
+            f"{weight_format.tensor_shapes}; use the base model, bits and group size that were calibrated, or "
+            "calibrate again."
         )
+    if not torch.isfinite(torch.from_numpy(stored.scale_base).view(torch.bfloat16)).all():
+        raise InvalidPlanError(f"The plan carries scales of {name!r} that are not finite; calibrate again.")
 
 
 def _check_moment(moment: npt.NDArray[np.float32], in_features: int, name: str) -> None:

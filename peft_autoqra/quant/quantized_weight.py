@@ -60,6 +60,13 @@ class WeightFormat:
             return 2 * self.num_groups
         return 2 * self.num_groups + 8 * -(-self.num_groups // SUPERBLOCK_GROUPS)
 
+    @property
+    def tensor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Of codes, scale codes and scale base in a :class:`QuantizedWeight`; all are uint8."""
+        if self.bits == SYMMETRIC_BITS:
+            return (self.weight_bytes,), (0,), (2 * self.num_groups,)
+        return (self.weight_bytes,), (2, self.num_groups), (2, -(-self.num_groups // SUPERBLOCK_GROUPS), 4)
+
 
 def fit_group_size(group_size: int, in_features: int, module_name: str) -> int:
     """Halve a group size until it divides the module's input size.

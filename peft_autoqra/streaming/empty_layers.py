@@ -6,19 +6,14 @@ import difflib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_autoqra.dense_layers import as_linear, dense_shape, is_dense_layer
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.quant.decoded_linear import DecodedLinear
 from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
-from peft_autoqra.quant.quantized_weight import (
-    SUPERBLOCK_GROUPS,
-    SYMMETRIC_BITS,
-    QuantizedWeight,
-    WeightFormat,
-)
+from peft_autoqra.quant.quantized_weight import QuantizedWeight, WeightFormat
 from peft_autoqra.streaming.quant_config import QuantizedModule
 
 
@@ -77,16 +72,5 @@ def _empty_layer(name: str, module: QuantizedModule, linear: nn.Linear) -> Decod
 
 def _empty_weight(weight_format: WeightFormat) -> QuantizedWeight:
     """The tensors that ``quantize_affine`` makes, without values."""
-    num_groups = weight_format.num_groups
-    if weight_format.bits == SYMMETRIC_BITS:
-        return QuantizedWeight(weight_format, _empty(weight_format.weight_bytes), _empty(0), _empty(2 * num_groups))
-    return QuantizedWeight(
-        weight_format,
-        codes=_empty(weight_format.weight_bytes),
-        scale_codes=_empty(2, num_groups),
-        scale_base=_empty(2, -(-num_groups // SUPERBLOCK_GROUPS), 4),
-    )
-
-
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.uint8, device="meta")
+    tensors = (torch.empty(shape, dtype=torch.uint8, device="meta") for shape in weight_format.tensor_shapes)
+    return QuantizedWeight(weight_format, *tensors)

@@ -21,6 +21,7 @@ from peft_autoqra.errors import AutoQRAError, InvalidPlanError
 from peft_autoqra.plan import BitRankPlan, QuantizerSettings
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
 from peft_autoqra.quant.nf4 import NF4Linear
+from peft_autoqra.streaming.checkpoint_codes import check_code_entries, check_filled
 from peft_autoqra.streaming.empty_layers import fitting_names, put_empty_layers
 from peft_autoqra.streaming.quant_config import METHOD, AutoQRAQuantConfig
 from peft_autoqra.streaming.weight_stream import WeightStream, describe_layer
@@ -112,7 +113,9 @@ class AutoQRAHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             config = self.quantization_config
             self.quantization_config = config.loaded(fitting_names(model, config.modules), config.base_fingerprint)
-            put_empty_layers(model, self.quantization_config.quantized_modules)
+            quantized = self.quantization_config.quantized_modules
+            put_empty_layers(model, quantized)
+            check_code_entries(model, quantized, checkpoint_files or ())
         else:
             self._stream = WeightStream(model, self.quantization_config, checkpoint_files or ())
 
@@ -151,7 +154,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
             self._stream = None
         else:
-            _check_filled(model, self.quantization_config.modules)
+            check_filled(model, self.quantization_config.modules)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         return model
 
@@ -215,14 +218,6 @@ class QuantizeOnLoad(ConversionOps):
             if missing_keys is not None:
                 missing_keys.discard(name)
         return kept
-
-
-def _check_filled(model: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        layer = model.get_submodule(name)
-        tensors = layer.parameters(recurse=False)
-        if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
-            raise InvalidPlanError(f"The checkpoint lacks tensors of {name!r}; save or download the model again.")
 
 
 def _check_not_fused(model: nn.Module, module_names: Iterable[str]) -> None:

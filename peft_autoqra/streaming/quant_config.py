@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any, Literal, cast
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.plan import DENSE_BITS, FORMAT_VERSION, BitRankPlan, LayerPlan
+from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
+from peft_autoqra.plan_file import FORMAT_VERSION
 from peft_autoqra.tuner.config import AutoQRAConfig
+from peft_autoqra.tuner.patterns import check_patterns_of_file
 
 METHOD = "autoqra"
 """``quant_method`` in config.json."""
@@ -27,6 +30,9 @@ class QuantizedModule:
         shape: of its weight, (out_features, in_features).
         group_size: weights that share a scale; None at 16 bits and with bitsandbytes.
         calibration_digest: hash of what the codes were fitted with beside the weight; None without calibration.
+
+    Raises:
+        InvalidPlanError: bits, a shape, a group size or a digest that no layer can have.
     """
 
     bits: int
@@ -35,9 +41,16 @@ class QuantizedModule:
     calibration_digest: str | None = None
 
     def __post_init__(self) -> None:
-        """JSON has lists only."""
+        """Check the values; JSON has lists only."""
         LayerPlan(self.bits, 0)
-        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.group_size is not None:
+            QuantizerSettings(group_size=self.group_size)
+        shape = tuple(self.shape)
+        if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+            raise InvalidPlanError(f"shape={reprlib.repr(shape)} must be two positive integers.")
+        if not isinstance(self.calibration_digest, str | None):
+            raise InvalidPlanError(f"calibration_digest={reprlib.repr(self.calibration_digest)} must be text.")
+        object.__setattr__(self, "shape", shape)
 
 
 class AutoQRAQuantConfig(QuantizationConfigMixin):
@@ -84,12 +97,12 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
         _check_format(quant_method, autoqra_version, unknown)
         self.quant_method = METHOD
         self.autoqra_version = FORMAT_VERSION
-        _check_types(bits_pattern, target_modules, modules)
+        _check_types(bits_pattern, modules, base_fingerprint)
         self.plan = _read_plan(plan)
         self.bits = bits
         self.bits_pattern = dict(bits_pattern or {})
         self.group_size = group_size
-        self.target_modules = target_modules if isinstance(target_modules, str | None) else sorted(target_modules)
+        self.target_modules = _read_names(target_modules)
         self.quant_backend = quant_backend
         self.base_fingerprint = base_fingerprint
         self.modules = {name: _read_module(name, module) for name, module in (modules or {}).items()}
@@ -103,6 +116,19 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
                 "leave it out, or change it with plan.replace(base_model=...)."
             )
         self.to_adapter_config()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The configuration in a config.json; transformers calls this.
+
+        Raises:
+            InvalidPlanError: what the constructor refuses, patterns that could take for ever, or a plan that lies
+                elsewhere.
+        """
+        if isinstance(config_dict.get("plan"), str):
+            raise InvalidPlanError("The quantization_config of a model holds no plan by name; give it in Python.")
+        check_patterns_of_file(config_dict)
+        return super().from_dict(config_dict, *args, **kwargs)
 
     def to_adapter_config(self) -> AutoQRAConfig:
         """The settings as the adapter's configuration knows them, so that one code resolves and checks both.
@@ -171,24 +197,35 @@ class AutoQRAQuantConfig(QuantizationConfigMixin):
 def _check_format(quant_method: str, version: int, unknown: Mapping[str, Any]) -> None:
     if quant_method != METHOD:
         raise InvalidPlanError(f"quant_method={quant_method!r} is of another quantizer; AutoQRA's is {METHOD!r}.")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise InvalidPlanError(
-            f"The quantized model has AutoQRA format {version!r}, this peft_autoqra reads up to {FORMAT_VERSION}: "
-            "upgrade with `pip install -U peft-autoqra`."
+            f"The quantized model has AutoQRA format {reprlib.repr(version)}, this peft_autoqra reads up to "
+            f"{FORMAT_VERSION}: upgrade with `pip install -U peft-autoqra`."
         )
     if unknown:
         raise InvalidPlanError(
-            f"AutoQRAQuantConfig does not know {sorted(unknown)}; it takes plan, or bits, bits_pattern, group_size, "
-            "target_modules and quant_backend."
+            f"AutoQRAQuantConfig does not know {reprlib.repr(sorted(unknown))}; it takes plan, or bits, bits_pattern, "
+            "group_size, target_modules and quant_backend."
         )
 
 
-def _check_types(bits_pattern: object, target_modules: object, modules: object) -> None:
+def _check_types(bits_pattern: object, modules: object, base_fingerprint: object) -> None:
     for name, value in (("bits_pattern", bits_pattern), ("modules", modules)):
         if value is not None and not isinstance(value, Mapping):
-            raise InvalidPlanError(f"{name}={value!r} must be a mapping from module names.")
-    if target_modules is not None and not isinstance(target_modules, Iterable):
-        raise InvalidPlanError(f"target_modules={target_modules!r} must be 'all-linear', a pattern, or names.")
+            raise InvalidPlanError(f"{name}={reprlib.repr(value)} must be a mapping from module names.")
+    if not isinstance(base_fingerprint, str | None):
+        raise InvalidPlanError(f"base_fingerprint={reprlib.repr(base_fingerprint)} must be text; leave it out.")
+
+
+def _read_names(target_modules: str | Iterable[str] | None) -> str | list[str] | None:
+    if target_modules is None or isinstance(target_modules, str):
+        return target_modules
+    names: list[Any] = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
+    if not all(isinstance(name, str) for name in names):
+        raise InvalidPlanError(
+            f"target_modules={reprlib.repr(target_modules)} must be 'all-linear', a pattern, or names."
+        )
+    return sorted(names)
 
 
 def _read_plan(plan: BitRankPlan | Mapping[str, Any] | str | Path | None) -> BitRankPlan | None:
@@ -213,7 +250,7 @@ def _read_module(name: str, module: QuantizedModule | Mapping[str, Any]) -> Quan
         return module
     try:
         return QuantizedModule(**module)
-    except TypeError as error:
+    except (InvalidPlanError, TypeError) as error:
         raise InvalidPlanError(
             f"The entry of {name!r} in the model's quantization_config is damaged ({error}); save or download the "
             "model again."

@@ -13,8 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.plan import ADAPTER_FILE, DENSE_BITS, FORMAT_VERSION, BitRankPlan, LayerPlan, QuantizerSettings
+from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
+from peft_autoqra.plan_file import ADAPTER_FILE, FORMAT_VERSION
+from peft_autoqra.tuner.patterns import check_syntax
 
 COMPENSATE = "compensate"
 _REWRITING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
@@ -55,8 +57,8 @@ class AutoQRAConfig(LoraConfig):
     All other arguments are :class:`peft.LoraConfig`'s.
 
     Raises:
-        InvalidPlanError: an unsupported bit-width, an initialization that rewrites the base weights, or arguments
-            that contradict the plan.
+        InvalidPlanError: an unsupported bit-width, a pattern that is no regular expression, an initialization that
+            rewrites the base weights, or arguments that contradict the plan.
     """
 
     if TYPE_CHECKING:
@@ -146,11 +148,7 @@ class AutoQRAConfig(LoraConfig):
                     "rank 0: an adapter needs a rank of at least 1. Only a plan may hold 0 (no adapter); without one, "
                     "narrow target_modules."
                 )
-        for pattern in self.bits_pattern:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InvalidPlanError(f"bits_pattern key {pattern!r} is no regular expression: {error}.") from error
+        check_syntax(vars(self))
         check_leaves_weights(self)
         if self.init_lora_weights == "eva":
             raise InvalidPlanError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.config import PeftConfigMixin, _check_and_remove_unused_kwargs
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import MixedModel
@@ -17,11 +16,11 @@ from peft.utils.other import get_pattern_key
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.hub_files import locate_file
-from peft_autoqra.plan import FORMAT_VERSION
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.quant.decoded_linear import DecodedLinear
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel
+from peft_autoqra.tuner.saved_config import read_saved_config
 
 _BASE_KEYS = ["bits_pattern", "group_size", "quant_backend", "calibration_digest", "base_fingerprint"]
 """An adapter is swapped for another in place only where both were trained on the same base."""
@@ -50,18 +49,7 @@ def _recognizing(original: Any) -> Any:
     def from_peft_type(cls: type, **kwargs: Any) -> Any:
         if kwargs.get("peft_type") != PeftType.LORA or "autoqra_version" not in kwargs:
             return original(cls, **kwargs)
-        version = kwargs["autoqra_version"]
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise InvalidPlanError(
-                f"The adapter has AutoQRA format {version!r}, this peft_autoqra reads up to {FORMAT_VERSION}: upgrade "
-                "with `pip install -U peft-autoqra`."
-            )
-        known, unknown = _check_and_remove_unused_kwargs(AutoQRAConfig, kwargs)
-        if unknown:
-            warnings.warn(
-                f"Ignoring the keys {sorted(unknown)} of an adapter_config.json that a newer PEFT wrote.", stacklevel=3
-            )
-        return AutoQRAConfig(**known)
+        return read_saved_config(kwargs)
 
     return from_peft_type
 

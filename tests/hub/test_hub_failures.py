@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BitRankPlan, LayerPlan
 from peft_autoqra.errors import HubError, InvalidPlanError
-from peft_autoqra.plan import PLAN_FILE
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE
+from peft_autoqra.plan_file import PLAN_FILE
 from tests.conftest import TinyLlamaFactory
 from tests.hub.conftest import ME, OTHER, Hub
 from tests.tuner.synthetic import calibrated_plan, logits, randomize_adapters

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BitRankPlan
 from peft_autoqra.errors import HubError
-from peft_autoqra.plan import ADAPTER_FILE
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE
+from peft_autoqra.plan_file import ADAPTER_FILE
 from tests.conftest import TinyLlamaFactory
 from tests.hub.conftest import ME, Hub
 from tests.streaming.bases import assert_same_codes

@@ -13,8 +13,8 @@ from peft import get_peft_model
 
 from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BaseModelInfo, BitRankPlan, LayerPlan
 from peft_autoqra.errors import HubError, InvalidPlanError
-from peft_autoqra.plan import PLAN_FILE
 from peft_autoqra.plan_calibration import CALIBRATION_FILE
+from peft_autoqra.plan_file import PLAN_FILE
 from tests.conftest import REPOSITORY, TinyLlamaFactory
 from tests.hub.conftest import ME, OTHER, Hub
 from tests.tuner.synthetic import calibrated_plan, mixed_plan

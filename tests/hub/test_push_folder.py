@@ -21,8 +21,8 @@ from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BaseModelInfo, BitRa
 from peft_autoqra.errors import HubError, InvalidPlanError
 from peft_autoqra.hub import ADAPTER, PLAN, QUANTIZED_BASE, inspect_folder, push_folder
 from peft_autoqra.hub_repository import PushTarget
-from peft_autoqra.plan import ADAPTER_FILE, PLAN_FILE
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE
+from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE
 from tests.conftest import TinyLlamaFactory
 from tests.hub.conftest import OTHER, Hub
 from tests.test_cli import fails_with_one_line

@@ -173,7 +173,7 @@ def test_damaged_configurations_are_refused(tiny_llama: TinyLlamaFactory, tmp_pa
         ({"modules": {}}, InvalidPlanError, "lists no modules"),
         ({"modules": {"nowhere": good}}, PlanMismatchError, "'nowhere' is a quantized linear layer"),
         ({"modules": {NAME: good | {"shape": [4, 4]}}}, PlanMismatchError, "shape"),
-        ({"modules": {NAME: good | {"group_size": 48}}}, InvalidPlanError, "group size 48"),
+        ({"modules": {NAME: good | {"group_size": 48}}}, InvalidPlanError, "group_size=48"),
         ({"modules": {NAME: good | {"group_size": None}}}, InvalidPlanError, "group size None"),
         ({"modules": {NAME: good | {"bits": 5}}}, InvalidPlanError, "bits=5"),
         ({"modules": {NAME: {"bits": 3}}}, InvalidPlanError, "damaged"),

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
-from peft_autoqra.plan import ADAPTER_FILE, BitRankPlan
+from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
+from peft_autoqra.plan_file import ADAPTER_FILE
 from peft_autoqra.tuner.config import AutoQRAConfig
 from tests.conftest import TinyLlamaFactory
 from tests.tuner.synthetic import calibrated_plan, logits, mixed_plan, randomize_adapters

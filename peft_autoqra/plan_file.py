@@ -1,0 +1,221 @@
+"""The plan's file: bits and ranks as tensors, and everything as JSON in the header, with a version and a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.safetensors_file import TensorEntry, open_safetensors, tensor_entries
+
+PLAN_FILE = "autoqra_plan.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+MAX_MODULES = 2**16
+"""More than any model has; mixtures of experts, whose experts are layers of their own, come to some 40,000."""
+
+_PLAN = "autoqra_plan"
+_VERSION = "autoqra_format_version"
+_CHECKSUM = "autoqra_checksum"
+_CALIBRATION_DIGEST = "autoqra_calibration_digest"
+_MAX_TEXT_LENGTH = 2**23
+_MAX_VALUES = 2**19
+_MAX_CONTAINERS = 2**17
+_MAX_DEPTH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanContent:
+    """What the header holds: its types are checked, its values are for the plan to judge.
+
+    Attributes:
+        modules: names, each once.
+        bits: of each module.
+        rank: of each module.
+        shapes: module name to (out_features, in_features).
+        quantizer: arguments of ``QuantizerSettings``.
+        initialization: of the adapters.
+        base_model: arguments of ``BaseModelInfo``.
+        memory: arguments of ``MemoryEstimate``.
+        provenance: anything.
+
+    Raises:
+        InvalidPlanError: something has another type, or there are too many modules.
+    """
+
+    modules: Sequence[str]
+    bits: Sequence[int]
+    rank: Sequence[int]
+    shapes: Mapping[str, Sequence[int]]
+    quantizer: Mapping[str, Any]
+    initialization: str
+    base_model: Mapping[str, str | None]
+    memory: Mapping[str, int] | None
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check the types of what JSON or a plan gave."""
+        lists = {"modules": self.modules, "bits": self.bits, "rank": self.rank}
+        for name, values in lists.items():
+            kind = str if name == "modules" else int
+            _check(isinstance(values, list) and all(type(value) is kind for value in values), name)
+            _check(len(values) == len(self.modules) <= MAX_MODULES, f"number of {name}")
+        _check(len(set(self.modules)) == len(self.modules), "modules, one of which is named twice")
+        for name in ("shapes", "quantizer", "base_model", "provenance"):
+            _check(isinstance(getattr(self, name), dict), name)
+        _check(isinstance(self.initialization, str), "initialization")
+        _check(all(isinstance(value, str | None) for value in self.base_model.values()), "base_model")
+        if self.memory is not None:
+            _check(isinstance(self.memory, dict), "memory")
+            _check(all(type(value) is int and value >= 0 for value in self.memory.values()), "memory")
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise InvalidPlanError(f"wrong {what}")
+
+
+def write_header(content: PlanContent, calibration_digest: str) -> dict[str, str]:
+    """The header of a safetensors file.
+
+    Args:
+        content: all of the plan.
+        calibration_digest: of the calibration beside it; empty without one.
+
+    Raises:
+        InvalidPlanError: no one could read it again.
+    """
+    values = vars(content)
+    text = json.dumps(values)
+    if _is_too_large(text) or _is_deeper(values, _MAX_DEPTH):
+        raise InvalidPlanError(
+            f"The plan takes {len(text)} characters as JSON, which is more than can be read, or has too many levels "
+            "or parts; leave out parts of its provenance."
+        )
+    metadata = {_VERSION: str(FORMAT_VERSION), _PLAN: text, _CALIBRATION_DIGEST: calibration_digest}
+    return metadata | {_CHECKSUM: checksum(metadata)}
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Header of a plan or adapter file, as it is.
+
+    Raises:
+        InvalidPlanError: the file is damaged.
+    """
+    with open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def parse_header(metadata: Mapping[str, str] | None, source: str) -> PlanContent:
+    """Read what :func:`write_header` wrote.
+
+    Args:
+        metadata: header of a safetensors file.
+        source: where it came from, for messages.
+
+    Raises:
+        InvalidPlanError: no plan, a newer format, a wrong checksum or content of another kind.
+    """
+    ours = {key: value for key, value in (metadata or {}).items() if str(key).startswith("autoqra_")}
+    if _PLAN not in ours:
+        raise InvalidPlanError(f"{source} holds no AutoQRA plan; was it written by BitRankPlan.save_pretrained?")
+    if not all(isinstance(value, str) for value in ours.values()):
+        raise InvalidPlanError(f"The plan in {source} is damaged (its header is no text); save or download it again.")
+    version = ours.get(_VERSION, "")
+    if version not in map(str, range(1, FORMAT_VERSION + 1)):
+        raise InvalidPlanError(
+            f"{source} has plan format {version[:20]!r}, this peft_autoqra reads up to {FORMAT_VERSION}: "
+            "upgrade with `pip install -U peft-autoqra`."
+        )
+    if ours.get(_CHECKSUM) != checksum(ours):
+        raise InvalidPlanError(f"The plan in {source} is damaged (wrong checksum); save or download it again.")
+    try:
+        return PlanContent(**_parse_json(ours[_PLAN]))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InvalidPlanError(f"The plan in {source} is damaged ({error}); save or download it again.") from error
+
+
+def calibration_digest(metadata: Mapping[str, str]) -> str:
+    """Of the calibration that belongs to a plan's header; empty where there is none."""
+    return metadata.get(_CALIBRATION_DIGEST, "")
+
+
+def save(path: Path, content: PlanContent, metadata: Mapping[str, str]) -> None:
+    """Write a plan's own file.
+
+    Args:
+        path: of the file.
+        content: all of the plan.
+        metadata: what :func:`write_header` made of it.
+    """
+    tensors = {"bits": np.array(content.bits, dtype=np.int32), "rank": np.array(content.rank, dtype=np.int32)}
+    save_file(tensors, path, metadata=dict(metadata))
+
+
+def check_tensors(path: Path, bits: Sequence[int], ranks: Sequence[int]) -> None:
+    """Whether a plan's own file holds the tensors that its header describes; they are read only where they fit.
+
+    Args:
+        path: of the file.
+        bits: as the header says.
+        ranks: likewise.
+
+    Raises:
+        InvalidPlanError: it does not.
+    """
+    wanted = TensorEntry("I32", (len(bits),))
+    with open_safetensors(path) as file:
+        fits = tensor_entries(file, path) == {"bits": wanted, "rank": wanted}
+        if fits and (file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()) == (list(bits), list(ranks)):
+            return
+    raise InvalidPlanError(f"Tensors and header of {path} disagree; save or download it again.")
+
+
+def checksum(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of everything of ours in a header but the checksum itself."""
+    ours = sorted((key, value) for key, value in metadata.items() if key.startswith("autoqra_") and key != _CHECKSUM)
+    return hashlib.sha256(json.dumps(ours).encode()).hexdigest()[:32]
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    """A JSON object of bounded size and depth in which no key comes twice."""
+    if _is_too_large(text):
+        raise ValueError(f"{len(text)} characters of JSON, more than any plan has, or more parts")
+    content = json.loads(text, object_pairs_hook=_without_duplicates)
+    if not isinstance(content, dict) or _is_deeper(content, _MAX_DEPTH):
+        raise ValueError(f"no JSON object, or one of more than {_MAX_DEPTH} levels")
+    return content
+
+
+def _is_too_large(text: str) -> bool:
+    """Whether JSON takes long to parse or much memory: an empty list takes 3 characters, and then 64 bytes."""
+    return (
+        len(text) > _MAX_TEXT_LENGTH
+        or text.count(",") > _MAX_VALUES
+        or text.count("[") + text.count("{") > _MAX_CONTAINERS
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key that comes twice")
+    return content
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    """Whether containers are nested more than ``depth`` levels deep."""
+    level = [value]
+    for _ in range(depth):
+        containers = [part for part in level if isinstance(part, dict | list | tuple)]
+        level = [child for part in containers for child in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return False
+    return any(isinstance(part, dict | list | tuple) for part in level)
