@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.model_card import PlanCard, is_plan_card
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE, PlanCalibration
+from peft_autoqra.plan_picture import PICTURE_FILE, draw_plan, write_plan_picture
 
 PLAN_FILE = "autoqra_plan.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -332,7 +332,7 @@ class BitRankPlan(
         push_to_hub: bool = False,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Write ``autoqra_plan.safetensors``, the calibration where there is one, and a model card.
+        """Write ``autoqra_plan.safetensors``, the calibration where there is one, and a model card with a picture.
 
         The folder's other files are left alone, so a plan may lie beside a model or an adapter. A model card is
         replaced only where it is that of an earlier plan.
@@ -352,22 +352,28 @@ class BitRankPlan(
         card = directory / "README.md"
         if not card.exists() or is_plan_card(card.read_text(encoding="utf-8", errors="replace")):
             self.generate_model_card().save(card)
+            write_plan_picture(directory / PICTURE_FILE, self)
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
         return None
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
-        """The README.md of the plan's folder or repository."""
-        card = PlanCard(
+        """The README.md of the plan's folder or repository; it shows the picture beside it where there can be one."""
+        return ModelCard(self.to_card().render(with_picture=draw_plan(self) is not None))
+
+    def to_card(self) -> PlanCard:
+        """What a model card says about the plan."""
+        return PlanCard(
+            layers=self,
             base_model=self.base_model.name_or_path,
+            fingerprint=self.base_model.fingerprint,
             backend=self.quantizer.backend,
+            group_size=self.quantizer.group_size,
             average_bits=self.average_bits,
             average_rank=self.average_rank,
-            bits_counts=Counter(layer.bits for layer in self.values()),
             memory=self.memory,
             provenance=self.provenance,
         )
-        return ModelCard(card.render())
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {
