@@ -79,7 +79,7 @@ class PlanCard:
         rows = {
             "modules": ", ".join(f"{count} at {bits} bits" for bits, count in sorted(counts.items())),
             "average bits per weight, without metadata": f"{self.average_bits:.2f}",
-            "average rank": f"{self.average_rank:.1f}",
+            **({"average rank": f"{self.average_rank:.1f}"} if self.average_rank else {}),
             "quantizer": self.backend + grouped,
         }
         known = self.provenance

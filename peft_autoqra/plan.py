@@ -351,14 +351,14 @@ class BitRankPlan(
         self._save_pretrained(directory)
         card = directory / "README.md"
         if not card.exists() or is_plan_card(card.read_text(encoding="utf-8", errors="replace")):
-            self.generate_model_card().save(card)
-            write_plan_picture(directory / PICTURE_FILE, self)
+            with_picture = write_plan_picture(directory / PICTURE_FILE, self)
+            ModelCard(self.to_card().render(with_picture=with_picture)).save(card)
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
         return None
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
-        """The README.md of the plan's folder or repository; it shows the picture beside it where there can be one."""
+        """The README.md of the plan's folder or repository; the picture that it shows is written with the plan."""
         return ModelCard(self.to_card().render(with_picture=draw_plan(self) is not None))
 
     def to_card(self) -> PlanCard:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 OTHER = "other"
@@ -71,17 +71,25 @@ class PlanGrid:
 
     @property
     def row_labels(self) -> tuple[str, ...]:
-        """The number of a layer, with the name of its stack where there are several."""
-        prefixes = list(dict.fromkeys(row.prefix for row in self.rows if row.number is not None))
-        parts = [prefix.split(".") for prefix in prefixes]
-        shared = len(os.path.commonprefix(parts)) if len(parts) > 1 else len(parts[0]) if parts else 0
-        return tuple(_row_label(row, shared) for row in self.rows)
+        """The number of a layer; where there are several stacks, after what tells their names apart."""
+        stacks = list(dict.fromkeys(row.prefix for row in self.rows if row.number is not None))
+        titles = dict(zip(stacks, _distinct_parts(stacks), strict=True)) if len(stacks) > 1 else {}
+        return tuple(
+            OTHER if row.number is None else f"{titles.get(row.prefix, '')} {row.number}".strip() for row in self.rows
+        )
 
 
-def _row_label(row: GridRow, num_shared: int) -> str:
-    if row.number is None:
-        return OTHER
-    return ".".join([*row.prefix.split(".")[num_shared:], str(row.number)])
+def _distinct_parts(names: Sequence[str]) -> list[str]:
+    """Dotted names without the first and the last parts that all share."""
+    split = [name.split(".") for name in names]
+    first = _num_shared(split)
+    last = _num_shared([parts[first:][::-1] for parts in split])
+    return [".".join(parts[first : len(parts) - last]) or parts[-1] for parts in split]
+
+
+def _num_shared(names: Sequence[Sequence[str]]) -> int:
+    """How many first parts all names share."""
+    return len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))))
 
 
 def _split(module_name: str) -> tuple[GridRow, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -45,14 +46,18 @@ def write_plan_picture(path: Path, layers: Mapping[str, BitsAndRank]) -> bool:
         layers: module name to bits and rank.
 
     Returns:
-        Whether there is a picture: a grid of more than 256 layers or 40 module types would not be legible.
+        Whether there is a picture: a grid of more than 256 layers or 40 module types would not be legible. None can be
+        drawn where matplotlib is broken or the file cannot be written; that is a warning, since saving a model must
+        not fail because of it.
     """
-    png = draw_plan(layers)
-    if png is None:
+    try:
+        png = draw_plan(layers)
+        if png is not None and not (path.is_file() and path.read_bytes() == png):
+            path.write_bytes(png)
+    except (ImportError, OSError) as error:
+        warnings.warn(f"The picture of the plan, {path}, cannot be written: {error}.", stacklevel=2)
         return False
-    if not path.is_file() or path.read_bytes() != png:
-        path.write_bytes(png)
-    return True
+    return png is not None
 
 
 def draw_plan(layers: Mapping[str, BitsAndRank]) -> bytes | None:
@@ -157,7 +162,13 @@ class _Sheet:
         axes.add_collection(
             PatchCollection(circles, facecolors=_DOT, edgecolors=_DOT_EDGE, linewidths=0.8), autolim=False
         )
-        style = {"family": "DejaVu Sans", "size": _FONT_POINTS, "color": _INK, "usetex": False, "parse_math": False}
+        style: dict[str, Any] = {
+            "family": "DejaVu Sans",
+            "size": _FONT_POINTS,
+            "color": _INK,
+            "usetex": False,
+            "parse_math": False,
+        }
         for x, y, text, properties in self.texts:
             axes.text(x, y, text, **style, **properties)
         file = io.BytesIO()

@@ -50,7 +50,7 @@ def _cell(layer: BitsAndRank, with_rank: bool) -> str:
 
 
 def _collapsed(grid: PlanGrid, rows: Sequence[tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Runs of equal layers in one row, such as ``0–7``."""
+    """Runs of equal layers in one row, such as ``0-7``."""
     labels = grid.row_labels
     runs: list[list[int]] = []
     for index, cells in enumerate(rows):
@@ -59,7 +59,7 @@ def _collapsed(grid: PlanGrid, rows: Sequence[tuple[str, ...]]) -> list[tuple[st
         else:
             runs.append([index])
     return [
-        (labels[run[0]] if len(run) == 1 else f"{labels[run[0]]}–{grid.rows[run[-1]].number}", rows[run[0]])
+        (labels[run[0]] if len(run) == 1 else f"{labels[run[0]]}-{grid.rows[run[-1]].number}", rows[run[0]])
         for run in runs
     ]
 
@@ -85,4 +85,4 @@ def _table_by_type(layers: Mapping[str, BitsAndRank]) -> str:
 
 def _range(values: Iterable[int]) -> str:
     found = sorted(set(values))
-    return str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}"
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"

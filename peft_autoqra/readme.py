@@ -6,12 +6,12 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 README = "README.md"
 BEGIN = "<!-- autoqra: from here on peft-autoqra writes; what you change will be overwritten -->"
@@ -95,7 +95,7 @@ def _update(path: Path, title: str, section: str, metadata: HubMetadata) -> None
 
 
 def _update_header(card: ModelCard, metadata: HubMetadata) -> None:
-    data = card.data
+    data = cast("ModelCardData", card.data)
     data.library_name = metadata.library_name
     data.base_model = metadata.base_model or _without_folders(data.base_model)
     if data.base_model:

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from peft_autoqra.errors import AutoQRAError, InvalidPlanError
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
 from peft_autoqra.quant.nf4 import NF4Linear
+from peft_autoqra.streaming.base_card import BASE_TAGS, base_metadata
 from peft_autoqra.streaming.empty_layers import fitting_names, put_empty_layers
 from peft_autoqra.streaming.quant_config import METHOD, AutoQRAQuantConfig
 from peft_autoqra.streaming.weight_stream import WeightStream
@@ -123,10 +124,11 @@ class AutoQRAHfQuantizer(HfQuantizer):
         else:
             _check_filled(model, self.quantization_config.modules)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
+        model.add_model_tags(list(BASE_TAGS))  # type: ignore[operator]  # all that push_to_hub lets us say
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Let transformers save the model as it is, after a check that it can be read again.
+        """Let transformers save the model as it is, and name its base; after a check that it can be read again.
 
         Raises:
             InvalidPlanError: NF4 layers, layers that were quantized or adapted after loading, or weights that
@@ -147,7 +149,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
                 "not be read again. Take adapters off with unload(), and quantize all layers while loading."
             )
         _check_not_fused(model, quantized)
-        return None, {}
+        return None, base_metadata(model)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QUANTIZED_LAYERS)]:

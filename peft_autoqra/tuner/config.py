@@ -179,7 +179,10 @@ class AutoQRAConfig(LoraConfig):
         return content
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, the calibration that a reload needs, the plan into the adapter's header, a card."""
+        """Write adapter_config.json, the calibration that a reload needs, the plan into the adapter's header, a card.
+
+        The card is a section of the README.md that PEFT wrote before.
+        """
         super().save_pretrained(save_directory, **kwargs)
         directory = Path(save_directory)
         calibration = self._adapter_calibration()
