@@ -91,7 +91,7 @@ class PlanCard:
             rows["found by"] = str(known["origin"])
         if self.fingerprint:
             rows["base weights"] = (
-                f"fingerprint `{self.fingerprint}`; checked when the plan is applied, since other weights would give "
+                f"fingerprint `{self.fingerprint}` before quantization; it is checked, since other weights would give "
                 "other codes"
             )
         return list(rows.items())

@@ -124,7 +124,7 @@ def _with_section(text: str, section: str) -> str:
     else:
         position = _first_subheading(text)
         before, after = text[:position].rstrip(), text[position:]
-        text = newline * 2 + before.lstrip() + newline * 2 + block + (newline * 2 + after if after else "")
+        text = newline + before.lstrip() + newline * 2 + block + (newline * 2 + after if after else "")
     return text.rstrip() + newline
 
 

@@ -190,6 +190,7 @@ class FineTune:
             held_out_loss=result.eval_loss,
             num_steps=result.num_steps,
             seconds=train_seconds,
+            estimated=result.estimated,
             measured=result.measured,
         )
         if self.is_main_process:

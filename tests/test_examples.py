@@ -95,7 +95,7 @@ def test_share_a_plan_on_the_hub(run_example, plan_folder, tmp_path, monkeypatch
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     flags = ["--plan", plan_folder, "--copy_to", tmp_path / "copy", "--repo_id", "some-plan"]
     assert "pushed: https://hub/commit" in run_example("04_share_a_plan.py", *flags)
-    assert uploaded == {"someone/some-plan": {"autoqra_plan.safetensors", "README.md"}}
+    assert uploaded == {"someone/some-plan": {"autoqra_plan.safetensors", "autoqra_plan.png", "README.md"}}
 
 
 def test_examples_are_short():

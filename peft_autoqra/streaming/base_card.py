@@ -102,7 +102,7 @@ class QuantizedBaseCard:
 
     def _introduction(self) -> str:
         base_model = self.plan.base_model.name_or_path
-        base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "The base model"
+        base = f"`{base_model}`" if base_model else "The base model"
         return (
             f"{base} with the weights of its linear layers at the bits below; LoRA adapters can be trained on it.\n\n"
             "> **Import `peft_autoqra` before you load it. Without this package transformers loads the quantized "

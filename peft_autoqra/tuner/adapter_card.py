@@ -26,12 +26,14 @@ class FineTuneFigures:
         held_out_loss: after training, as the trainer computes it.
         num_steps: optimizer steps that were taken.
         seconds: of the training loop.
-        measured: bytes of the real tensors at the first optimizer step, where they were counted.
+        estimated: bytes by part as foretold; None where the optimizer's states are not known.
+        measured: bytes of the real tensors at the first optimizer step; None where no step was taken.
     """
 
     held_out_loss: float
     num_steps: int
     seconds: float
+    estimated: MemoryEstimate | None
     measured: MemoryEstimate | None
 
 
@@ -73,7 +75,9 @@ class AdapterCard:
         Args:
             with_picture: whether the file of the picture lies beside the card.
         """
-        memory = {"estimated": self.plan.memory, "measured": self.finetune.measured if self.finetune else None}
+        memory = {"estimated": self.plan.memory}
+        if self.finetune is not None:
+            memory = {"estimated": self.finetune.estimated, "measured": self.finetune.measured}
         sections = [
             "## Weight bits and LoRA ranks (AutoQRA)",
             self._introduction(),
