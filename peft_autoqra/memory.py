@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from peft_autoqra.dense_layers import dense_shape
 from peft_autoqra.errors import InvalidPlanError, MemoryBudgetError, PlanMismatchError
 from peft_autoqra.memory_estimate import MemoryEstimate, MemoryScope
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
@@ -102,8 +103,7 @@ class MemoryModel:
         """
         targets = linear_targets(model, target_modules)
         modules = {
-            name: ModuleShape(layer.out_features, layer.in_features, layer.weight.element_size())
-            for name, layer in targets.items()
+            name: ModuleShape(*dense_shape(layer), layer.weight.element_size()) for name, layer in targets.items()
         }
         target_weights = {id(layer.weight) for layer in targets.values()}
         others = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in target_weights}

@@ -12,10 +12,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from peft_autoqra.dense_layers import DenseLayer, dense_shape, dense_weight
 from peft_autoqra.errors import CalibrationError, MemoryBudgetError
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
@@ -74,7 +74,7 @@ class SearchSetup:
         self.config, self.args = config, inputs.args
         targets = config.target_modules or "all-linear"
         self.model = inputs.model
-        self.linears: dict[str, nn.Linear] = linear_targets(inputs.model, targets)
+        self.linears: dict[str, DenseLayer] = linear_targets(inputs.model, targets)
         self.memory_model = MemoryModel.from_model(
             inputs.model, target_modules=targets, optimizer=str(getattr(inputs.args.optim, "value", inputs.args.optim))
         )
@@ -104,7 +104,7 @@ class SearchSetup:
         self.base_model = BaseModelInfo(
             name_or_path=inputs.model.config.name_or_path or None,
             revision=getattr(inputs.model.config, "_commit_hash", None),
-            fingerprint=fingerprint_weights((name, layer.weight) for name, layer in self.linears.items()),
+            fingerprint=fingerprint_weights((name, dense_weight(layer)) for name, layer in self.linears.items()),
         )
 
     def _check_budget(self) -> None:
@@ -141,7 +141,7 @@ class SearchSetup:
         backend, rank = make_backend(self.quantizer), self.bank_settings.fit.max_rank
         bank = statistics = 0
         for name, layer in self.linears.items():
-            out_features, in_features = layer.out_features, layer.in_features
+            out_features, in_features = dense_shape(layer)
             statistics += 4 * (min(in_features, MAX_GRAM_FEATURES) * in_features + out_features)
             for bits in self.bank_settings.bit_choices:
                 bank += sum(backend.num_bytes(out_features, in_features, bits, name))

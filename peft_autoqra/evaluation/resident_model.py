@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from peft_autoqra.dense_layers import DenseLayer, dense_weight, make_dense_layer, set_dense_weight
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
@@ -33,7 +34,7 @@ class ResidentModel:
     def __init__(
         self,
         model: nn.Module,
-        linears: Mapping[str, nn.Linear],
+        linears: Mapping[str, DenseLayer],
         bank: CalibrationBank,
         *,
         materialize: bool | None = None,
@@ -42,7 +43,7 @@ class ResidentModel:
         self.model = model
         self._bank = bank
         self._linears = dict(linears)
-        self._originals = {name: layer.weight.detach() for name, layer in linears.items()}
+        self._originals = {name: dense_weight(layer) for name, layer in linears.items()}
         num_copies = len(bank.settings.bit_choices)
         self.materializes = _fits(self._originals, num_copies) if materialize is None else materialize
         self._buffers: dict[str, Tensor] = {}
@@ -64,13 +65,14 @@ class ResidentModel:
                 rank = layer.rank if add and layer.bits != DENSE_BITS else 0
                 key = (layer.bits, rank, plan.quantizer)
                 if self._loaded.get(name) != key:
-                    self._linears[name].weight.data = self._weight(name, LayerPlan(layer.bits, rank), plan.quantizer)
+                    weight = self._weight(name, LayerPlan(layer.bits, rank), plan.quantizer)
+                    set_dense_weight(self._linears[name], weight)
                     self._loaded[name] = key
 
     def restore(self) -> None:
         """Put the original weights back."""
         for name, weight in self._originals.items():
-            self._linears[name].weight.data = weight
+            set_dense_weight(self._linears[name], weight)
         self._loaded.clear()
 
     def _weight(self, name: str, layer: LayerPlan, quantizer: QuantizerSettings) -> Tensor:
@@ -94,11 +96,14 @@ class ResidentModel:
             return self._decoded[key]
         original = self._originals[name]
         if quantizer == self._bank.settings.quantizer:
-            target = torch.empty_like(original) if self.materializes else self._buffer(name)
+            target = (
+                torch.empty_like(original, memory_format=torch.contiguous_format)
+                if self.materializes
+                else self._buffer(name)
+            )
             dense = self._bank.entry(name, bits).weight.dequantize_into(target)
         else:
-            linear = nn.Linear(original.shape[1], original.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(original, requires_grad=False)
+            linear = make_dense_layer(nn.Linear, original, None)
             dense = make_backend(quantizer).quantize(linear, bits, None, name).dequantize(original.dtype)
         if self.materializes:
             self._decoded[key] = dense
@@ -115,8 +120,12 @@ class ResidentModel:
     def _buffer(self, name: str) -> Tensor:
         """The one place for a weight of this module that is not kept."""
         if name not in self._buffers:
-            self._buffers[name] = torch.empty_like(self._originals[name])
+            self._buffers[name] = _room_for(self._originals[name])
         return self._buffers[name]
+
+
+def _room_for(weight: Tensor) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _fits(weights: Mapping[str, Tensor], num_copies: int) -> bool:

@@ -19,8 +19,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from peft_autoqra.dense_layers import DENSE_LAYERS, dense_weight
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.importance.activation_store import ActivationStore
@@ -178,19 +178,6 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
             getattr(module, name).requires_grad_(required_grad)
 
 
-def linear_weight(module: nn.Module) -> Tensor:
-    """Weight of an ``nn.Linear`` or ``Conv1D`` as ``[out_features, in_features]``, detached, not copied.
-
-    Raises:
-        CalibrationError: the module is neither.
-    """
-    if isinstance(module, Conv1D):
-        return module.weight.detach().T  # type: ignore[no-any-return]
-    if isinstance(module, nn.Linear):
-        return module.weight.detach()
-    raise CalibrationError(f"A {type(module).__name__} cannot be calibrated; target nn.Linear or Conv1D modules.")
-
-
 def linear_weights(model: nn.Module, module_names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Names and weights ``[out_features, in_features]`` of linear modules; one on disk is read when its turn comes.
 
@@ -199,7 +186,7 @@ def linear_weights(model: nn.Module, module_names: Iterable[str]) -> Iterator[tu
     """
     for name, module in _find_linear_modules(model, list(module_names)).items():
         with align_module_device(module):
-            yield name, linear_weight(module)
+            yield name, dense_weight(module)
 
 
 def _find_linear_modules(model: nn.Module, module_names: Sequence[str]) -> dict[str, nn.Module]:
@@ -209,7 +196,10 @@ def _find_linear_modules(model: nn.Module, module_names: Sequence[str]) -> dict[
         if name not in available:
             close = difflib.get_close_matches(name, available, n=3)
             raise CalibrationError(f"The model has no module {name!r}. Close names: {close}.")
-        linear_weight(available[name])
+        if not isinstance(available[name], DENSE_LAYERS):
+            raise CalibrationError(
+                f"A {type(available[name]).__name__} cannot be calibrated; target nn.Linear or Conv1D modules."
+            )
         found[name] = available[name]
     if not found:
         raise CalibrationError("There are no modules to calibrate; check target_modules.")

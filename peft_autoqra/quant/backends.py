@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from peft_autoqra.dense_layers import DenseLayer, as_linear, make_dense_layer
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import DENSE_BITS, QuantizerSettings
 from peft_autoqra.plan_calibration import ModuleCalibration
@@ -18,7 +19,7 @@ from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.quant.quantized_weight import QuantizedWeight
 
 QuantizedLayer = QuantLinear | NF4Linear | Int8Linear
-"""What a backend makes; each has ``bits``, ``bias`` and ``dequantize``."""
+"""What a backend makes; each has ``bits``, ``bias``, ``dequantize`` and the ``dense_class`` that it stands for."""
 QUANTIZED_LAYERS = (QuantLinear, NF4Linear, Int8Linear)
 """The same for ``isinstance``."""
 
@@ -92,14 +93,21 @@ def calibrated_backend(settings: QuantizerSettings) -> CalibratedBackend:
     return backend
 
 
-def dense_linear(layer: QuantizedLayer) -> nn.Linear:
-    """An ``nn.Linear`` with the dequantized weight of a quantized layer and a copy of its bias."""
-    weight = layer.dequantize()
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
-    return linear.train(layer.training)
+def quantize_layer(
+    backend: QuantBackend, layer: DenseLayer, bits: int, calibration: ModuleCalibration | None, name: str
+) -> QuantizedLayer:
+    """The quantized form of an ``nn.Linear`` or ``Conv1D``, which stays as it is."""
+    quantized = backend.quantize(as_linear(layer), bits, calibration, name)
+    quantized.dense_class = type(layer)
+    return quantized.train(layer.training)
+
+
+def dense_layer(layer: QuantizedLayer) -> DenseLayer:
+    """A layer of the class that was quantized, with the dequantized weight and a copy of the bias."""
+    bias = layer.bias
+    if bias is not None:
+        bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return make_dense_layer(layer.dense_class, layer.dequantize(), bias).train(layer.training)
 
 
 def layer_bits(layer: nn.Module) -> int:

@@ -54,10 +54,14 @@ class DecodedLinear(nn.Module):
         compute_dtype: dtype that :meth:`dequantize` returns by default: that of the weight before, until
             ``module.to(dtype)`` changes it.
 
+    Attributes:
+        dense_class: of the layer that it stands for, ``nn.Linear`` or ``Conv1D``.
+
     Shape:
         input ``[..., in_features]`` -> output ``[..., out_features]``, in the dtype of the input (or of autocast).
     """
 
+    dense_class: type = nn.Linear
     bias: nn.Parameter | None
     in_features: int
     out_features: int
@@ -73,6 +77,11 @@ class DecodedLinear(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that looks at a layer's ``weight``; decoded at every access."""
+        return self.dequantize()
 
     @property
     def weight_tensors(self) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
     """
 
     bits = 4
+    dense_class: type = nn.Linear
     bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear) -> None:

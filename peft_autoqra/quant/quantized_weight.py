@@ -38,6 +38,8 @@ class WeightFormat:
     def decode(self, tensors: tuple[Tensor, ...], dtype: torch.dtype, *, temporary: bool = False) -> Tensor:
         """The dense weight, ``[out_features, in_features]``; see :func:`dequantize`."""
         codes, scale_codes, scale_base = tensors
+        if codes.is_meta:
+            return torch.empty((self.out_features, self.in_features), dtype=dtype, device="meta")
         out = workspace((self.out_features, self.in_features), dtype) if temporary and runs_here(codes) else None
         return dequantize(self, codes, scale_codes, scale_base, dtype, out=out)
 

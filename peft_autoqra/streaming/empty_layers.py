@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from peft_autoqra.dense_layers import as_linear, dense_shape, is_dense_layer
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.quant.decoded_linear import DecodedLinear
 from peft_autoqra.quant.int8 import Int8Linear
@@ -46,7 +47,7 @@ def put_empty_layers(model: nn.Module, modules: Mapping[str, QuantizedModule]) -
     layers = dict(model.named_modules())
     for name, module in modules.items():
         layer = layers.get(name)
-        if type(layer) is not nn.Linear or (layer.out_features, layer.in_features) != module.shape:
+        if layer is None or not is_dense_layer(layer) or dense_shape(layer) != module.shape:
             close = difflib.get_close_matches(name, layers, n=3)
             raise PlanMismatchError(
                 f"config.json says that {name!r} is a quantized linear layer of shape {module.shape}, the model has "
@@ -54,7 +55,8 @@ def put_empty_layers(model: nn.Module, modules: Mapping[str, QuantizedModule]) -
             )
     for name, module in modules.items():
         layer = layers[name]
-        empty = _empty_layer(name, module, layer)
+        empty = _empty_layer(name, module, as_linear(layer))
+        empty.dense_class = type(layer)
         model.set_submodule(name, empty.train(layer.training))
 
 

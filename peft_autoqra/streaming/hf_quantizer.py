@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -17,20 +18,50 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from peft_autoqra.errors import AutoQRAError, InvalidPlanError
-from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
+from peft_autoqra.plan import BitRankPlan, QuantizerSettings
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
 from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.streaming.base_card import BASE_TAGS, base_metadata
 from peft_autoqra.streaming.empty_layers import fitting_names, put_empty_layers
 from peft_autoqra.streaming.quant_config import METHOD, AutoQRAQuantConfig
-from peft_autoqra.streaming.weight_stream import WeightStream
+from peft_autoqra.streaming.weight_stream import WeightStream, describe_layer
+from peft_autoqra.tuner.model import QuantLoRAModel
 
 
 def register() -> None:
     """Make transformers know the method; calling it again changes nothing."""
+    QuantLoRAModel.note_base = staticmethod(note_base)
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(AutoQRAQuantConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(AutoQRAHfQuantizer)
+
+
+def note_base(model: nn.Module, plan: BitRankPlan | None) -> None:
+    """Record on a model that was quantized in place how, so that it is saved and loaded as a streamed one is.
+
+    Args:
+        model: without adapters.
+        plan: names the layers that were planned, quantized or not, and knows their fingerprint.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QUANTIZED_LAYERS)}
+    noted = getattr(model, "hf_quantizer", None) is not None
+    if not layers or noted or not isinstance(model, PreTrainedModel):
+        return
+    if plan is not None:
+        layers |= {name: model.get_submodule(name) for name in plan.shapes}
+    quantizer = plan.quantizer if plan is not None else QuantizerSettings()
+    config = AutoQRAQuantConfig(
+        quant_backend=quantizer.backend,
+        group_size=quantizer.group_size,
+        base_fingerprint=plan.base_model.fingerprint if plan is not None else None,
+        modules={name: describe_layer(layer) for name, layer in layers.items()},
+    )
+    model.hf_quantizer = AutoQRAHfQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.add_model_tags(list(BASE_TAGS))
 
 
 class AutoQRAHfQuantizer(HfQuantizer):
@@ -153,7 +184,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QUANTIZED_LAYERS)]:
-            model.set_submodule(name, dense_linear(layer).to(dtype))
+            model.set_submodule(name, dense_layer(layer).to(dtype))
         return model
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from peft_autoqra.dense_layers import DENSE_LAYERS, DenseLayer, dense_shape, dense_weight, is_dense_layer
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.fingerprint import fingerprint_samples, sample_weight
 from peft_autoqra.plan import DENSE_BITS
-from peft_autoqra.quant.backends import layer_bits, make_backend
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backend, quantize_layer
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig, QuantizedModule
 from peft_autoqra.streaming.released_memory import ReleasedMemory
-from peft_autoqra.tuner.preparation import Target, check_fingerprint, check_finite, module_calibration, resolve_targets
+from peft_autoqra.tuner.preparation import check_fingerprint, check_finite
+from peft_autoqra.tuner.targets import Target, module_calibration, resolve_targets
 
 
 class WeightStream:
@@ -36,8 +39,6 @@ class WeightStream:
         self._config = config
         self._adapter_config = config.to_adapter_config()
         self._backend = make_backend(self._adapter_config.quantizer)
-        if config.plan is None and self._adapter_config.target_modules == "all-linear":
-            _check_no_fused_experts(model)
         self._targets = {target.name: target for target in resolve_targets(model, self._adapter_config)}
         _check_not_tied(model, [name for name in self._targets if self.wants(name)])
         self._samples: dict[str, tuple[tuple[int, ...], Tensor]] = {}
@@ -58,20 +59,20 @@ class WeightStream:
         Args:
             model: that is being loaded.
             module_name: one that :meth:`wants` is true for.
-            weight: ``[out_features, in_features]``, on its device and in its dtype.
+            weight: as the checkpoint holds it, on its device and in its dtype.
 
         Raises:
             InvalidPlanError: the weight holds values that are not finite.
             PlanMismatchError: its shape is not the layer's.
         """
         target = self._targets[module_name]
-        _check_weight(target, weight)
-        self._samples[module_name] = (tuple(weight.shape), sample_weight(weight))
+        dense = _dense(model.get_submodule(module_name), weight)  # its bias may have been read already
+        _check_weight(target, dense)
+        self._samples[module_name] = (target.shape, sample_weight(dense_weight(dense)))
         calibration = module_calibration(target, self._adapter_config)
-        layer = model.get_submodule(module_name)  # its bias may have been read already
-        quantized = self._backend.quantize(_dense(layer, weight), target.wanted.bits, calibration, module_name)
+        quantized = quantize_layer(self._backend, dense, target.wanted.bits, calibration, module_name)
         _mark_initialized(quantized)
-        model.set_submodule(module_name, quantized.train(layer.training))
+        model.set_submodule(module_name, quantized)
         self._memory.note_read(weight.numel() * weight.element_size())
 
     def finish(self, model: nn.Module) -> AutoQRAQuantConfig:
@@ -95,8 +96,8 @@ class WeightStream:
                     "target_modules, or load the model without quantization_config and quantize it with "
                     "get_peft_model(model, AutoQRAConfig(...))."
                 )
-            if hasattr(layer, "in_features"):
-                modules[name] = _describe(layer)
+            if isinstance(layer, (*DENSE_LAYERS, *QUANTIZED_LAYERS)):
+                modules[name] = describe_layer(layer)
         fingerprint = self._fingerprint(model)
         check_fingerprint(fingerprint, self._adapter_config)
         return self._config.loaded(modules, fingerprint)
@@ -105,9 +106,9 @@ class WeightStream:
         """That of all targets, as quantizing in place takes it; None where there are others than linear layers."""
         for name in self._targets.keys() - self._samples.keys():
             layer = model.get_submodule(name)
-            if type(layer) is not nn.Linear:
+            if not is_dense_layer(layer):
                 return self._adapter_config.base_fingerprint
-            self._samples[name] = (tuple(layer.weight.shape), sample_weight(layer.weight))
+            self._samples[name] = (dense_shape(layer), sample_weight(dense_weight(layer)))
         return fingerprint_samples((name, shape, sample) for name, (shape, sample) in self._samples.items())
 
 
@@ -118,11 +119,13 @@ def _mark_initialized(layer: nn.Module) -> None:
         part._is_hf_initialized = True
 
 
-def _describe(layer: Any) -> QuantizedModule:
+def describe_layer(layer: Any) -> QuantizedModule:
     """What config.json notes about a linear layer, quantized or not."""
+    if is_dense_layer(layer):
+        return QuantizedModule(bits=DENSE_BITS, shape=dense_shape(layer))
     shape = (layer.out_features, layer.in_features)
     if not isinstance(layer, QuantLinear):
-        return QuantizedModule(bits=layer_bits(layer), shape=shape)
+        return QuantizedModule(bits=layer.bits, shape=shape)
     return QuantizedModule(
         bits=layer.bits,
         shape=shape,
@@ -131,11 +134,10 @@ def _describe(layer: Any) -> QuantizedModule:
     )
 
 
-def _dense(layer: Any, weight: Tensor) -> nn.Linear:
+def _dense(layer: DenseLayer, weight: Tensor) -> DenseLayer:
     """A layer of its own, so that nothing keeps the dense weight once it is quantized."""
-    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.register_parameter("bias", layer.bias)
+    dense = copy.copy(layer)
+    dense._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": layer.bias}
     return dense
 
 
@@ -145,13 +147,14 @@ def _is_read(layer: nn.Module) -> bool:
     return all(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters)
 
 
-def _check_weight(target: Target, weight: Tensor) -> None:
-    if tuple(weight.shape) != target.shape:
+def _check_weight(target: Target, read: DenseLayer) -> None:
+    shape = tuple(dense_weight(read).shape)
+    if shape != target.shape:
         raise PlanMismatchError(
-            f"The checkpoint's weight of {target.name!r} has shape {tuple(weight.shape)}, the model wants "
-            f"{target.shape}. Load the checkpoint with its own config.json, and without tensor parallelism."
+            f"The checkpoint's weight of {target.name!r} has shape {shape}, the model wants {target.shape}. Load the "
+            "checkpoint with its own config.json, and without tensor parallelism."
         )
-    check_finite(target.name, weight)
+    check_finite(target.name, read.weight)
 
 
 def _check_not_tied(model: nn.Module, module_names: Iterable[str]) -> None:
@@ -163,13 +166,3 @@ def _check_not_tied(model: nn.Module, module_names: Iterable[str]) -> None:
                 f"{name!r} cannot be quantized by itself: its weight is tied to another module's. Leave it out of the "
                 "plan or target_modules, or untie it (tie_word_embeddings=False)."
             )
-
-
-def _check_no_fused_experts(model: nn.Module) -> None:
-    """Transformers keeps the experts of a mixture in 3-D parameters, which no linear layer holds."""
-    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "experts" in name]
-    if fused:
-        raise InvalidPlanError(
-            f"The model keeps its experts in fused parameters such as {fused[0]!r}, which would stay unquantized. "
-            "Where that is meant, name the linear layers to quantize in target_modules or a plan."
-        )

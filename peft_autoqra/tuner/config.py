@@ -18,7 +18,7 @@ from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibrat
 from peft_autoqra.tuner.adapter_card import AdapterCard, FineTuneFigures
 
 COMPENSATE = "compensate"
-_REFUSED_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva", "mica")
+_REWRITING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 
 
 def _lora_metadata(field_name: str) -> Mapping[str, Any]:
@@ -152,13 +152,13 @@ class AutoQRAConfig(LoraConfig):
                 re.compile(pattern)
             except re.error as error:
                 raise InvalidPlanError(f"bits_pattern key {pattern!r} is no regular expression: {error}.") from error
-        init = str(self.init_lora_weights).lower()
-        if init.startswith(_REFUSED_INITS):
+        check_leaves_weights(self)
+        if self.init_lora_weights == "eva":
             raise InvalidPlanError(
-                f"init_lora_weights={self.init_lora_weights!r} rewrites or needs the 16-bit base weights, which "
-                "AutoQRA quantizes; use 'compensate' (calibrated correction) or True (zero)."
+                "init_lora_weights='eva' redistributes ranks, which the plan or rank_pattern decides here; use "
+                "'compensate' (calibrated correction) or True (zero)."
             )
-        if init == COMPENSATE and self.calibration is None:
+        if self.init_lora_weights == COMPENSATE and self.calibration is None:
             raise InvalidPlanError(
                 "init_lora_weights='compensate' needs a plan with calibration; search one, calibrate it with "
                 "peft_autoqra.calibrate_plan(...), or use init_lora_weights=True."
@@ -205,6 +205,21 @@ class AutoQRAConfig(LoraConfig):
         base_model = self.base_model_name_or_path or self.plan.base_model.name_or_path
         task_type = getattr(self.task_type, "value", self.task_type)
         return AdapterCard(plan=self.plan, base_model=base_model, task_type=task_type, finetune=finetune)
+
+
+def check_leaves_weights(config: LoraConfig) -> None:
+    """Refuse what rewrites the base weights, or starts from their singular vectors: they are quantized.
+
+    Raises:
+        InvalidPlanError: ``init_lora_weights`` or a variant of LoRA does so.
+    """
+    if str(config.init_lora_weights).lower().startswith(_REWRITING_INITS):
+        raise InvalidPlanError(
+            f"init_lora_weights={config.init_lora_weights!r} rewrites or needs the 16-bit base weights, which are "
+            "quantized here; use 'compensate' of a calibrated plan, or True (zero)."
+        )
+    if config.kasa_config is not None:
+        raise InvalidPlanError("kasa_config truncates the base weights, which are quantized here; leave it out.")
 
 
 def exact_pattern(module_name: str) -> str:

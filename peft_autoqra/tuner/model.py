@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_linear
-from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
+from peft_autoqra.dense_layers import is_dense_layer
+from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
+from peft_autoqra.target_modules import check_no_fused_experts
+from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights
 from peft_autoqra.tuner.layer import QuantLoRALinear
-from peft_autoqra.tuner.preparation import include_all_linear_layers, quantize_base, replace_layer
+from peft_autoqra.tuner.preparation import quantize_base, replace_layer
+from peft_autoqra.tuner.targets import include_all_linear_layers
 
 
 class QuantLoRAModel(LoraModel):  # type: ignore[misc]
@@ -31,7 +36,19 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         InvalidPlanError: the configuration does not fit the model; the model is unchanged then.
     """
 
+    note_base: ClassVar[Callable[[nn.Module, BitRankPlan | None], None] | None] = None
+    """Set by ``streaming``: records on an unloaded base how it is quantized, so that it can be saved."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse what PEFT's own preparations would hide, then inject."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config, AutoQRAConfig) and config.target_modules == "all-linear":
+            check_no_fused_experts(model)  # PEFT turns them into target_parameters
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if any(map(_is_quantized, model.modules())):
+            check_leaves_weights(peft_config)
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, AutoQRAConfig):
             earlier = [c for c in self.peft_config.values() if c is not peft_config and isinstance(c, AutoQRAConfig)]
@@ -59,25 +76,28 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        planned = isinstance(lora_config, AutoQRAConfig) and type(target) is nn.Linear
+        planned = isinstance(lora_config, AutoQRAConfig) and is_dense_layer(target)
         if planned or isinstance(target, QUANTIZED_LAYERS):
             return QuantLoRALinear(target, adapter_name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        """After merging, layers without an adapter are dequantized too, so that the model reloads anywhere."""
+        """A merged model is dequantized as a whole and reloads anywhere; one without adapters stays quantized."""
         if not merge:
             for module in self.model.modules():
                 if isinstance(module, QuantLoRALinear) and module.merged:
                     module.unmerge()
-        unloaded = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
             quantized = [(name, module) for name, module in unloaded.named_modules() if _is_quantized(module)]
             for name, module in quantized:
-                replace_layer(unloaded, name, dense_linear(module))
+                replace_layer(unloaded, name, dense_layer(module))
             quantizer = getattr(unloaded, "hf_quantizer", None)
             if quantizer is not None and quantizer.quantization_config.quant_method == "autoqra":
                 quantizer.remove_quantization_config(unloaded)  # else it would be saved as a quantized checkpoint
+        elif QuantLoRAModel.note_base is not None:
+            plans = (config.plan for config in self.peft_config.values() if isinstance(config, AutoQRAConfig))
+            QuantLoRAModel.note_base(unloaded, next(plans, None))
         return unloaded
 
 

@@ -7,15 +7,21 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from peft.config import PeftConfigMixin, _check_and_remove_unused_kwargs
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import FORMAT_VERSION, locate_file
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
+from peft_autoqra.quant.decoded_linear import DecodedLinear
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel
+
+_BASE_KEYS = ["bits_pattern", "group_size", "quant_backend", "calibration_digest", "base_fingerprint"]
+"""An adapter is swapped for another in place only where both were trained on the same base."""
 
 
 def register() -> None:
@@ -30,6 +36,8 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QuantLoRAModel
     PeftConfigMixin.from_peft_type = classmethod(_recognizing(PeftConfigMixin.from_peft_type.__func__))
     PeftConfigMixin.from_pretrained = classmethod(_with_calibration(PeftConfigMixin.from_pretrained.__func__))
+    PeftModel.get_nb_trainable_parameters = _counting_weights(PeftModel.get_nb_trainable_parameters)
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += _BASE_KEYS
 
 
 def _recognizing(original: Any) -> Any:
@@ -66,6 +74,21 @@ def _with_calibration(original: Any) -> Any:
         return config
 
     return from_pretrained
+
+
+def _counting_weights(original: Any) -> Any:
+    """PEFT counts elements of parameters, which are bytes of packed codes here."""
+
+    @wraps(original)
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        num_trainable, num_all = original(self)
+        for module in self.modules():
+            if isinstance(module, DecodedLinear):
+                num_stored = sum(tensor.numel() for tensor in module.weight_tensors)
+                num_all += module.out_features * module.in_features - num_stored
+        return num_trainable, num_all
+
+    return get_nb_trainable_parameters
 
 
 def _locate_calibration(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path:

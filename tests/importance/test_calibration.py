@@ -4,7 +4,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_autoqra.errors import CalibrationError
-from peft_autoqra.importance.calibration import CalibrationOptions, calibrate, linear_weight, linear_weights
+from peft_autoqra.importance.calibration import CalibrationOptions, calibrate, linear_weights
 
 LAYER = "model.layers.1"
 ATTENTION = [f"{LAYER}.self_attn.{name}_proj" for name in "qkvo"]
@@ -213,7 +213,7 @@ def test_refuses_unknown_and_non_linear_modules(model):
     with pytest.raises(CalibrationError, match="target_modules"):
         calibrate(model, [], [])
     with pytest.raises(CalibrationError, match="Embedding"):
-        linear_weight(model.get_input_embeddings())
+        calibrate(model, [], ["model.embed_tokens"])
 
 
 def test_names_a_module_that_the_data_never_reached(model):

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from peft_autoqra.plan import QuantizerSettings
-from peft_autoqra.quant.backends import BitsAndBytesBackend, dense_linear
+from peft_autoqra.quant.backends import BitsAndBytesBackend, dense_layer
 from peft_autoqra.quant.int8 import Int8Linear
 from tests.quant.dense_reference import assert_computes_as_dense
 
@@ -224,7 +224,7 @@ def test_the_compute_dtype_follows_the_module() -> None:
     assert layer.dequantize().dtype == layer.bias.dtype == torch.bfloat16
     assert torch.equal(layer.dequantize(), weight.bfloat16())
     x = torch.randn(3, COLUMNS, dtype=torch.bfloat16)
-    assert torch.equal(dense_linear(layer)(x), layer(x))
+    assert torch.equal(dense_layer(layer)(x), layer(x))
 
 
 def through_torch_save(layer: nn.Module) -> nn.Module:

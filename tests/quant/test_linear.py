@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from peft_autoqra.plan import QuantizerSettings
-from peft_autoqra.quant.backends import NativeBackend, dense_linear
+from peft_autoqra.quant.backends import NativeBackend, dense_layer
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.packing import NATIVE_BITS
 from tests.quant.dense_reference import assert_computes_as_dense
@@ -89,7 +89,7 @@ def test_changing_the_dtype_leaves_the_codes_alone(bits: int) -> None:
 def test_the_compute_dtype_follows_the_module(bits: int) -> None:
     layer = make_layer(bits).to(torch.bfloat16)
     assert layer.compute_dtype == layer.dequantize().dtype == layer.bias.dtype == torch.bfloat16
-    dense = dense_linear(layer)
+    dense = dense_layer(layer)
     x = torch.randn(3, COLUMNS, dtype=torch.bfloat16)
     assert torch.equal(dense(x), layer(x))
 
@@ -159,9 +159,9 @@ def test_compiles_to_one_graph(bits: int) -> None:
     torch.testing.assert_close(x.grad, twin.grad)
 
 
-def test_dense_linear_takes_over_bias_and_mode() -> None:
+def test_dense_layer_takes_over_bias_and_mode() -> None:
     layer = make_layer(4).eval()
-    dense = dense_linear(layer)
+    dense = dense_layer(layer)
     assert type(dense) is nn.Linear
     assert (dense.in_features, dense.out_features, dense.training) == (COLUMNS, ROWS, False)
     x = torch.randn(3, COLUMNS)

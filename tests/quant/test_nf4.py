@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from peft_autoqra.plan import QuantizerSettings
-from peft_autoqra.quant.backends import BitsAndBytesBackend, dense_linear
+from peft_autoqra.quant.backends import BitsAndBytesBackend, dense_layer
 from peft_autoqra.quant.nf4 import NF4Linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,4 +93,4 @@ def test_the_dtype_of_the_dense_weight_follows_the_module() -> None:
     assert layer.dequantize().dtype == torch.bfloat16
     assert torch.equal(layer.dequantize(), weight.bfloat16())
     x = torch.randn(3, 128, dtype=torch.bfloat16)
-    torch.testing.assert_close(dense_linear(layer)(x), layer(x))
+    torch.testing.assert_close(dense_layer(layer)(x), layer(x))

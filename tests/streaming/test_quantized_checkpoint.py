@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
@@ -247,3 +247,31 @@ def test_a_quantized_base_is_refused_where_plans_are_made(tiny_llama: TinyLlamaF
     model = load_streaming(save_base(tiny_llama, tmp_path), AutoQRAQuantConfig(bits=3))
     with pytest.raises(InvalidPlanError, match="quantized already, so there is nothing left to plan"):
         linear_targets(model)
+
+
+def test_a_base_that_was_quantized_in_place_is_saved_after_unloading(
+    tiny_llama: TinyLlamaFactory, tmp_path: Path
+) -> None:
+    folder = save_base(tiny_llama, tmp_path)
+    plan = calibrated_plan(load_dense(folder))
+    unloaded = adapt(load_dense(folder), plan=plan).unload()
+    unloaded.save_pretrained(tmp_path / "quantized")
+    streamed = load_streaming(folder, AutoQRAQuantConfig(plan=plan))
+    again = load_dense(tmp_path / "quantized")
+    assert_same_codes(again, unloaded)
+    assert torch.equal(logits(again), logits(unloaded))
+    assert again.config.quantization_config == streamed.config.quantization_config
+    adapt(again, plan=plan)  # knows the fingerprint
+
+
+def test_a_quantized_base_without_a_plan_of_ours_is_saved_as_well(
+    tiny_llama: TinyLlamaFactory, tmp_path: Path
+) -> None:
+    model = adapt(tiny_llama(), bits=3, r=4)
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("plain")
+    model.delete_adapter("default")
+    unloaded = model.unload()
+    unloaded.save_pretrained(tmp_path)
+    again = load_dense(tmp_path)
+    assert_same_codes(again, unloaded)

@@ -18,7 +18,7 @@ from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits
 from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
-from peft_autoqra.tuner import preparation
+from peft_autoqra.tuner import targets
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.layer import QuantLoRALinear
 from tests.conftest import TinyLlamaFactory
@@ -343,11 +343,25 @@ def test_an_input_size_without_groups_is_named(tiny_llama: TinyLlamaFactory) -> 
     get_peft_model(model, AutoQRAConfig(bits=4, r=4, bits_pattern={"down_proj": 16}))
 
 
-def test_conv1d_of_gpt2_is_refused_by_name() -> None:
+def test_conv1d_of_gpt2_is_quantized_as_the_linear_layer_that_it_is() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16))
+    name = "transformer.h.0.attn.c_attn"
+    conv1d = model.get_submodule(name)
+    linear = nn.Linear(32, 96)
+    linear.weight, linear.bias = nn.Parameter(conv1d.weight.detach().T.contiguous()), conv1d.bias
+    get_peft_model(model, AutoQRAConfig(bits=3, r=4, target_modules=["c_attn"]))
+    get_peft_model(wrapped := nn.Sequential(linear), AutoQRAConfig(bits=3, r=4, target_modules=["0"]))
+    quantized, reference = model.get_submodule(name).base_layer, wrapped[0].base_layer
+    assert torch.equal(quantized.W_q, reference.W_q)
+    assert torch.equal(quantized.dequantize(), reference.dequantize())
+
+
+def test_a_subclass_of_linear_is_refused_by_name() -> None:
+    """It may compute anything."""
+    model = nn.TransformerEncoderLayer(32, 2, 64)
     before = snapshot(model)
-    with pytest.raises(InvalidPlanError, match=r"'transformer\.h\.0\.attn\.c_attn' is a Conv1D"):
-        get_peft_model(model, AutoQRAConfig(bits=4, r=4, fan_in_fan_out=True))
+    with pytest.raises(InvalidPlanError, match=r"'self_attn.out_proj' is a NonDynamicallyQuantizableLinear"):
+        get_peft_model(model, AutoQRAConfig(bits=4, r=4, target_modules=["out_proj", "linear1"]))
     assert_unchanged(model, before)
 
 
@@ -384,7 +398,7 @@ def test_no_pattern_of_a_plan_is_tried_on_other_modules(
 ) -> None:
     """All on all takes minutes for hundreds of modules: re keeps 512 compiled patterns."""
     tried: list[str] = []
-    monkeypatch.setattr(preparation, "get_pattern_key", lambda keys, name: tried.extend(keys) or name)
+    monkeypatch.setattr(targets, "get_pattern_key", lambda keys, name: tried.extend(keys) or name)
     get_peft_model(tiny_llama(), AutoQRAConfig(plan=mixed_plan(tiny_llama())))
     assert tried == []
 

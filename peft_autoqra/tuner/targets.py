@@ -1,0 +1,268 @@
+"""Which layers of a model a configuration quantizes or adapts, checked without reading a weight."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peft_autoqra.dense_layers import DENSE_LAYERS, dense_shape, dense_weight, is_dense_layer
+from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan
+from peft_autoqra.plan_calibration import ModuleCalibration
+from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backend
+from peft_autoqra.target_modules import check_no_fused_experts, check_untied
+from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, exact_pattern
+
+_ADAPTABLE = (*DENSE_LAYERS, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A base layer and what it shall become."""
+
+    name: str
+    layer: nn.Module
+    wanted: LayerPlan
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        if isinstance(self.layer, QUANTIZED_LAYERS):
+            return self.layer.out_features, self.layer.in_features
+        return dense_shape(self.layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out_features, in_features]``; dense layers only."""
+        return dense_weight(self.layer)
+
+
+def resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
+    """Every module that the configuration quantizes, adapts or names, checked; no weight is read.
+
+    Args:
+        model: the base model, on the meta device or not.
+        config: its ``target_modules`` are expanded in place where they are ``"all-linear"``.
+
+    Raises:
+        PlanMismatchError: module names or shapes are not those the plan was made for.
+        InvalidPlanError: a layer cannot be quantized as asked, or is quantized differently already.
+    """
+    if config.target_modules == "all-linear":
+        check_no_fused_experts(model)
+    include_all_linear_layers(config, model)
+    targets = _resolve_targets(model, config)
+    for target in targets:
+        _check_target(target, config)
+    check_untied(model, {target.name: target.layer for target in to_quantize(targets)})
+    _check_parameters(targets, config)
+    return targets
+
+
+def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> None:
+    """Expand ``target_modules="all-linear"`` as PEFT does, and to the quantized layers, which PEFT does not know."""
+    shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    if shorthand:
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        layers = base_layers(model).items()
+        config.target_modules |= {n for n, m in layers if isinstance(m, QUANTIZED_LAYERS) and m is not head}
+
+
+def base_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Module name to module, with tuner layers seen through and their inner parts left out."""
+    layers: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+            module = module.get_base_layer()
+        layers[name] = module
+    return layers
+
+
+def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
+    layers = base_layers(model)
+    if config.plan is not None:
+        _check_names(config.plan, layers)
+    targets = []
+    matched = set()
+    bits_keys, rank_keys = (
+        _matching_keys(patterns, layers) for patterns in (config.bits_pattern, config.rank_pattern)
+    )
+    for name, layer in layers.items():
+        bits_key, rank_key = bits_keys.get(name), rank_keys.get(name)
+        found = check_target_module_exists(config, name)
+        adapted = bool(found) and not isinstance(found, _ExcludedModule)
+        named = config.plan is not None and name in config.plan
+        quantized = isinstance(layer, QUANTIZED_LAYERS)  # by an earlier adapter; a reload has to do it as well
+        matched.add(bits_key)
+        if adapted:
+            matched.add(rank_key)
+        if adapted or named or quantized or (bits_key is not None and isinstance(layer, DENSE_LAYERS)):
+            default_bits = layer_bits(layer) if quantized and not adapted else config.bits
+            bits = default_bits if bits_key is None else config.bits_pattern[bits_key]
+            rank = config.r if rank_key is None else config.rank_pattern[rank_key]
+            targets.append(Target(name, layer, LayerPlan(bits, rank if adapted else 0)))
+    _check_matches(targets, matched, layers, config)
+    return targets
+
+
+def _matching_keys(patterns: Mapping[str, int], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Module name to the key that decides it: its exact pattern, else the first that matches, as in PEFT.
+
+    A plan has an exact pattern for each module; trying all on all would take minutes on a large model.
+    """
+    exact = {name: key for name in layers if (key := exact_pattern(name)) in patterns}
+    exact_keys = set(exact.values())
+    others = [key for key in patterns if key not in exact_keys]
+    keys = {name: exact.get(name) or get_pattern_key(others, name) for name in layers}
+    return {name: key for name, key in keys.items() if key in patterns}
+
+
+def _check_matches(
+    targets: list[Target], matched: set[str | None], layers: Mapping[str, nn.Module], config: AutoQRAConfig
+) -> None:
+    """Every name and pattern has to match something."""
+    wanted = config.target_modules
+    suffixes = [s for s in wanted if not _is_suffix_of_any(s, layers)] if not isinstance(wanted, str) else []
+    if suffixes or not (config.target_parameters or any(target.wanted.rank for target in targets)):
+        raise InvalidPlanError(f"target_modules {suffixes or wanted} match no module; {_examples(layers)}")
+    matched = matched | parameter_rank_patterns(layers, config).keys()
+    for field in ("bits_pattern", "rank_pattern"):
+        unmatched = sorted(set(getattr(config, field)) - matched)
+        if unmatched:
+            raise InvalidPlanError(
+                f"{field} keys {unmatched[:3]} match no module, or none that an earlier key does not match already; "
+                f"{_examples(layers)}"
+            )
+
+
+def parameter_rank_patterns(layers: Mapping[str, nn.Module], config: AutoQRAConfig) -> dict[str, int]:
+    """The entries of ``rank_pattern`` that decide over ``target_parameters`` and not over modules."""
+    keys = {get_pattern_key(config.rank_pattern, name) for name in _targeted_parameters(layers, config)}
+    return {key: rank for key, rank in config.rank_pattern.items() if key in keys}
+
+
+def _targeted_parameters(layers: Mapping[str, nn.Module], config: AutoQRAConfig) -> list[str]:
+    wanted = config.target_parameters or ()
+    names = [f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters(recurse=False)]
+    return [name for name in names if any(name == key or name.endswith(f".{key}") for key in wanted)]
+
+
+def _is_suffix_of_any(suffix: str, names: Iterable[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for name in names)
+
+
+def _examples(layers: Mapping[str, nn.Module]) -> str:
+    names = [name for name, layer in layers.items() if isinstance(layer, (*DENSE_LAYERS, *QUANTIZED_LAYERS))]
+    return f"linear layers have names such as {names[:3]}."
+
+
+def _check_names(plan: BitRankPlan, layers: Mapping[str, nn.Module]) -> None:
+    missing = [name for name in plan if name not in layers]
+    if missing:
+        close = difflib.get_close_matches(missing[0], layers, n=3, cutoff=0.5)
+        raise PlanMismatchError(
+            f"The plan names {len(missing)} modules that the model does not have, such as {missing[0]!r}"
+            + (f"; close names of the model: {close}. " if close else ". ")
+            + "Was the plan made for another model?"
+        )
+
+
+def _check_target(target: Target, config: AutoQRAConfig) -> None:
+    """Everything that could go wrong with one layer."""
+    name, layer, wanted = target.name, target.layer, target.wanted
+    if isinstance(layer, QUANTIZED_LAYERS):
+        if not make_backend(config.quantizer).could_have_made(
+            layer, wanted.bits, module_calibration(target, config), name
+        ):
+            raise InvalidPlanError(
+                f"{name!r} is quantized to {layer_bits(layer)} bits already, and not as the new adapter wants: "
+                f"{wanted.bits} bits, {config.quantizer}, {'with' if config.calibration_digest else 'without'} "
+                "calibration. Use the same settings, or load the base model again."
+            )
+    elif not is_dense_layer(layer):
+        if wanted.bits == DENSE_BITS and isinstance(layer, _ADAPTABLE):
+            return
+        raise InvalidPlanError(
+            f"{name!r} is a {type(layer).__name__}; only nn.Linear and Conv1D can be quantized, and only linear, "
+            "embedding and convolution layers take an adapter at bits=16. Exclude it from the plan or target modules, "
+            "or load the base model without another quantization."
+        )
+    elif wanted.bits != DENSE_BITS:
+        make_backend(config.quantizer).check(*target.shape, wanted.bits, module_calibration(target, config), name)
+    check_shape_and_rank(name, target.shape, wanted, config.plan)
+    _check_correction(target, config)
+
+
+def module_calibration(target: Target, config: AutoQRAConfig) -> ModuleCalibration | None:
+    """What calibration found of a layer; None without."""
+    return config.calibration.module(target.name) if config.calibration else None
+
+
+def check_shape_and_rank(name: str, shape: tuple[int, int], wanted: LayerPlan, plan: BitRankPlan | None) -> None:
+    """Whether a layer is the one that a plan was made for, and can have its rank.
+
+    Raises:
+        PlanMismatchError: the plan says another shape.
+        InvalidPlanError: the rank is above the smaller side.
+    """
+    if plan is not None and plan.shapes.get(name, shape) != shape:
+        raise PlanMismatchError(
+            f"The plan was made for a weight of shape {plan.shapes[name]} at {name!r}, the model has {shape}; use the "
+            f"base model that the plan names ({plan.base_model.name_or_path})."
+        )
+    if wanted.rank > min(shape):
+        raise InvalidPlanError(
+            f"rank {wanted.rank} of {name!r} is above the smaller side of its weight {shape}; use at most "
+            f"{min(shape)}."
+        )
+
+
+def _check_parameters(targets: list[Target], config: AutoQRAConfig) -> None:
+    """A quantized layer has no weight left that PEFT could adapt as a parameter."""
+    quantized = [target.name for target in targets if target.wanted.bits != DENSE_BITS]
+    for key in config.target_parameters or ():
+        if _is_suffix_of_any(key, (f"{name}.weight" for name in quantized)):
+            raise InvalidPlanError(
+                f"target_parameters names {key!r}, the weight of a layer that is quantized; name the layer in "
+                "target_modules, or keep it at 16 bits."
+            )
+
+
+def _check_correction(target: Target, config: AutoQRAConfig) -> None:
+    name, wanted = target.name, target.wanted
+    if config.init_lora_weights != COMPENSATE or not wanted.rank or wanted.bits == DENSE_BITS:
+        return
+    correction = config.calibration.corrections.get(name) if config.calibration else None
+    if correction is None or correction.rank < wanted.rank:
+        raise InvalidPlanError(
+            f"The calibration holds no correction of rank {wanted.rank} for {name!r}; calibrate the plan again "
+            "with peft_autoqra.calibrate_plan(...)."
+        )
+    shape = (correction.left.shape[0], correction.right.shape[1])
+    if shape != target.shape:
+        raise PlanMismatchError(
+            f"The calibration corrects a weight of shape {shape} at {name!r}, the model has {target.shape}; use the "
+            "base model that was calibrated."
+        )
+
+
+def to_quantize(targets: Iterable[Target]) -> list[Target]:
+    """Lists no layer that is quantized already or stays dense."""
+    return [t for t in targets if is_dense_layer(t.layer) and t.wanted.bits != DENSE_BITS]
