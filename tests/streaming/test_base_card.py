@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import metadata_load
+from peft import get_peft_model
 from PIL import Image
 
-from peft_autoqra import AutoQRAQuantConfig, complete_model_card
+from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, complete_model_card
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.units import format_bytes
 from tests.conftest import TinyLlamaFactory
@@ -67,6 +68,16 @@ def test_without_a_hub_id_no_base_is_named(tiny_llama: TinyLlamaFactory, tmp_pat
 def test_what_push_to_hub_writes_is_tagged(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     _, _, folder = save_quantized(tiny_llama, tmp_path)
     assert load_dense(folder).model_tags == ["autoqra", "quantization"]
+
+
+def test_a_base_that_was_quantized_in_place(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), AutoQRAConfig(bits=4, r=4, task_type="CAUSAL_LM")).unload()
+    model.config._name_or_path = "someone/some-model"
+    model.save_pretrained(tmp_path)
+    complete_model_card(tmp_path)
+    assert model.model_tags == ["autoqra", "quantization"]
+    assert metadata_load(tmp_path / "README.md")["base_model"] == "someone/some-model"
+    assert "| 0-1 | 4 | 4 | 4 | 4 | 4 | 4 | 4 |" in (tmp_path / "README.md").read_text()
 
 
 def test_other_folders_are_refused(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
