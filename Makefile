@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml
 		     "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	command -v nvidia-smi >/dev/null || $(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet --editable '.[dev,report]'
+	$(PIP) install --quiet --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## Search, fine-tune and compare on SmolLM2-135M (ARGS='--help' for options)

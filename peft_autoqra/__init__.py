@@ -7,6 +7,7 @@ loaded.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from peft_autoqra.folder_card import complete_model_card
 from peft_autoqra.memory import MemoryModel
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
@@ -39,6 +40,7 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "calibrate_plan",
+    "complete_model_card",
     "uniform_plan",
 ]
 

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError
 
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.folder_card import complete_model_card
 from peft_autoqra.folder_contents import ADAPTER_CONFIG, MODEL_CONFIG, adapter_files, base_files, plan_files, read_json
 from peft_autoqra.hub_repository import PushTarget, opened
 from peft_autoqra.plan import BitRankPlan
@@ -56,8 +57,8 @@ class SharedFolder:
         return {name: (self.path / name).stat().st_size for name in self.filenames}
 
 
-def inspect_folder(path: str | Path) -> SharedFolder:
-    """Recognize and check what lies in a folder; nothing goes over the network.
+def prepare_folder(path: str | Path) -> SharedFolder:
+    """Recognize and check what lies in a folder, and complete its model card; nothing goes over the network.
 
     Args:
         path: as written by ``save_pretrained`` of a plan, an adapter or a quantized model, or by a trainer.
@@ -73,6 +74,8 @@ def inspect_folder(path: str | Path) -> SharedFolder:
     kinds = tuple(kind for kind, names in parts.items() if names)
     if not kinds:
         raise InvalidPlanError(_nothing_to_share(folder))
+    _card_base_models(folder)  # the header can be read
+    complete_model_card(folder)
     _check_card(folder)
     patterns = _BESIDE_ALL if kinds == (PLAN,) else _BESIDE_ALL + _BESIDE_MODELS
     names = {name for files in parts.values() for name in files} | _matches(folder, patterns) | _pictures(folder)
@@ -90,7 +93,7 @@ def push_folder(shared: SharedFolder, target: PushTarget, commit_message: str | 
     """Upload the files of a folder in one commit; repository and branch are made where missing.
 
     Args:
-        shared: what :func:`inspect_folder` found.
+        shared: what :func:`prepare_folder` found.
         target: repository, branch, token.
         commit_message: first line of the commit; what is uploaded by default.
 
@@ -138,20 +141,24 @@ def _pictures(folder: Path) -> set[str]:
 
 
 def _check_card(folder: Path) -> None:
-    """The hub refuses a card whose header it cannot read, or that names a folder as its base model."""
+    """The hub refuses a card that names a folder as its base model."""
+    for name in _card_base_models(folder):
+        if not _may_be_on_hub(name):
+            raise InvalidPlanError(
+                f"{folder / _CARD_FILE} names base_model {name!r} in its header, and the hub takes names of "
+                "repositories only; put the base model's hub id there, or delete the line."
+            )
+
+
+def _card_base_models(folder: Path) -> list[str]:
     card = folder / _CARD_FILE
     if not card.is_file():
-        return
+        return []
     try:
         named = ModelCard.load(card).data.base_model
     except (ValueError, TypeError, YAMLError) as error:
         raise InvalidPlanError(f"The header of {card} cannot be read ({error}); mend or delete it.") from error
-    for name in [named] if isinstance(named, str) else named or []:
-        if not _may_be_on_hub(name):
-            raise InvalidPlanError(
-                f"{card} names base_model {name!r} in its header, and the hub takes names of repositories only; put "
-                "the base model's hub id there, or delete the line."
-            )
+    return [named] if isinstance(named, str) else named or []
 
 
 def _warnings(folder: Path, kinds: tuple[str, ...]) -> list[str]:

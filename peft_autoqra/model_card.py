@@ -1,16 +1,20 @@
-"""The README.md of a plan's folder or repository."""
+"""What a model card says about a plan, and the README.md of a plan's folder."""
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
 
 from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.plan_grid import BitsAndRank
+from peft_autoqra.plan_picture import PICTURE_FILE
+from peft_autoqra.plan_table import markdown_table, plan_table
+from peft_autoqra.readme import hub_id
 from peft_autoqra.units import format_bytes
 
 TAGS = ("autoqra", "lora", "quantization")
@@ -30,54 +34,53 @@ class PlanCard:
     """What a model card says about a plan.
 
     Attributes:
+        layers: module name to bits and rank.
         base_model: hub id or folder of the model the plan is for.
+        fingerprint: of the base model's weights.
         backend: of the quantizer.
+        group_size: weights that share a scale.
         average_bits: mean bits per weight, without metadata.
         average_rank: mean rank over modules.
-        bits_counts: bits to the number of modules that have them.
         memory: bytes by part.
         provenance: how the plan was found.
     """
 
+    layers: Mapping[str, BitsAndRank]
     base_model: str | None
+    fingerprint: str | None
     backend: str
+    group_size: int
     average_bits: float
     average_rank: float
-    bits_counts: Mapping[int, int]
     memory: MemoryEstimate | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def render(self) -> str:
-        """The whole file, YAML header included."""
-        sections = [self._header(), self._introduction(), self._figures(), self._memory(), self._usage()]
+    def render(self, *, with_picture: bool) -> str:
+        """The whole file, YAML header included.
+
+        Args:
+            with_picture: whether ``autoqra_plan.png`` lies beside it.
+        """
+        sections = [
+            self._header(),
+            self._introduction(),
+            markdown_table(("figure", "value"), self.figures()),
+            "## Plan\n\n" + plan_section(self.layers, with_picture=with_picture),
+            "## Memory\n\n" + memory_section({"estimated": self.memory}) if self.memory else "",
+            self._usage(),
+            versions_line("peft-autoqra"),
+        ]
         return "\n\n".join(section for section in sections if section) + "\n"
 
-    def _header(self) -> str:
-        data: dict[str, Any] = {"library_name": "peft", "tags": list(TAGS)}
-        if self._base_is_on_hub():
-            data["base_model"] = self.base_model
-        return f"---\n{yaml.safe_dump(data, sort_keys=False).strip()}\n---"
-
-    def _base_is_on_hub(self) -> bool:
-        """Folders are left out of the header: the hub accepts repository names only."""
-        name = self.base_model or ""
-        return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists() and name[0] not in "./"
-
-    def _introduction(self) -> str:
-        base = f"`{self.base_model}`" if self.base_model else "a causal language model"
-        return (
-            f"{_TITLE} {base}\n\n"
-            "Weight bits and LoRA rank of every planned layer, found by "
-            "`peft-autoqra` for fine-tuning with PEFT within a memory budget. A plan holds no trained weights."
-        )
-
-    def _figures(self) -> str:
-        spread = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(self.bits_counts.items()))
+    def figures(self) -> list[tuple[str, str]]:
+        """Rows of a table: the plan in numbers, its base and how it was found."""
+        counts = Counter(layer.bits for layer in self.layers.values())
+        grouped = "" if self.backend == "bitsandbytes" else f", groups of up to {self.group_size} weights"
         rows = {
-            "modules": spread,
+            "modules": ", ".join(f"{count} at {bits} bits" for bits, count in sorted(counts.items())),
             "average bits per weight, without metadata": f"{self.average_bits:.2f}",
-            "average rank": f"{self.average_rank:.1f}",
-            "quantizer": self.backend,
+            **({"average rank": f"{self.average_rank:.1f}"} if self.average_rank else {}),
+            "quantizer": self.backend + grouped,
         }
         known = self.provenance
         if known.get("budget_bytes") is not None:
@@ -86,15 +89,26 @@ class PlanCard:
             rows["held-out loss in the search"] = f"{known['held_out_loss']:.4f} after {known.get('steps')} steps"
         if known.get("origin"):
             rows["found by"] = str(known["origin"])
-        return _table(("figure", "value"), list(rows.items()))
+        if self.fingerprint:
+            rows["base weights"] = (
+                f"fingerprint `{self.fingerprint}` before quantization; it is checked, since other weights would give "
+                "other codes"
+            )
+        return list(rows.items())
 
-    def _memory(self) -> str:
-        if self.memory is None:
-            return ""
-        parts = self.memory.to_dict()
-        rows = [(_PARTS[name], f"{parts[name]:,}") for name in _PARTS]
-        rows += [("stored", f"{self.memory.stored_bytes:,}"), ("training", f"{self.memory.total_bytes:,}")]
-        return "## Memory\n\nActivations are not counted.\n\n" + _table(("part", "bytes"), rows)
+    def _header(self) -> str:
+        data: dict[str, Any] = {"library_name": "peft", "tags": list(TAGS)}
+        if base_model := hub_id(self.base_model):
+            data["base_model"] = base_model
+        return f"---\n{yaml.safe_dump(data, sort_keys=False).strip()}\n---"
+
+    def _introduction(self) -> str:
+        base = f"`{self.base_model}`" if self.base_model else "a causal language model"
+        return (
+            f"{_TITLE} {base}\n\n"
+            "Weight bits and LoRA rank of every planned layer, found by "
+            "`peft-autoqra` for fine-tuning with PEFT within a memory budget. A plan holds no trained weights."
+        )
 
     def _usage(self) -> str:
         base = self.base_model or "BASE_MODEL"
@@ -121,6 +135,39 @@ def is_plan_card(text: str) -> bool:
     return f"\n- {TAGS[0]}\n" in header and body.lstrip().startswith(_TITLE)
 
 
-def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
+def plan_section(layers: Mapping[str, BitsAndRank], *, with_picture: bool) -> str:
+    """The plan as a picture and as a table.
+
+    Args:
+        layers: module name to bits and rank.
+        with_picture: whether the file of the picture lies beside the card.
+    """
+    has_ranks = any(layer.rank for layer in layers.values())
+    meaning = "Colour is bits, the area of a dot is rank." if has_ranks else "Colour is bits."
+    picture = f"![Layers down, module types across. {meaning} The table below says the same.]({PICTURE_FILE})"
+    return "\n\n".join([*([picture] if with_picture else []), plan_table(layers)])
+
+
+def memory_section(columns: Mapping[str, MemoryEstimate | None]) -> str:
+    """Bytes by part.
+
+    Args:
+        columns: title to bytes; those that are None are left out.
+    """
+    known = {title: memory for title, memory in columns.items() if memory is not None}
+    rows = [(title, *(f"{getattr(memory, part):,}" for memory in known.values())) for part, title in _PARTS.items()]
+    rows.append(("stored", *(f"{memory.stored_bytes:,}" for memory in known.values())))
+    rows.append(("training", *(f"{memory.total_bytes:,}" for memory in known.values())))
+    return "Activations are not counted.\n\n" + markdown_table(("bytes", *known), rows)
+
+
+def versions_line(*distributions: str) -> str:
+    """What the files were written with; a package that runs from its sources has no version."""
+    return f"Written with {', '.join(_with_version(name) for name in distributions)}."
+
+
+def _with_version(distribution: str) -> str:
+    try:
+        return f"{distribution} {version(distribution)}"
+    except PackageNotFoundError:
+        return distribution

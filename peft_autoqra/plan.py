@@ -8,7 +8,6 @@ import json
 import math
 import reprlib
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from peft_autoqra.model_card import PlanCard, is_plan_card
 from peft_autoqra.module_names import check_module_name
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE
+from peft_autoqra.plan_picture import PICTURE_FILE, draw_plan, write_plan_picture
 
 SUPPORTED_BITS = (2, 3, 4, 8, 16)
 DENSE_BITS = 16
@@ -318,7 +318,7 @@ class BitRankPlan(
         push_to_hub: bool = False,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Write ``autoqra_plan.safetensors``, the calibration where there is one, and a model card.
+        """Write ``autoqra_plan.safetensors``, the calibration where there is one, and a model card with a picture.
 
         The folder's other files are left alone, so a plan may lie beside a model or an adapter. A model card is
         replaced only where it is that of an earlier plan.
@@ -337,7 +337,8 @@ class BitRankPlan(
         self._save_pretrained(directory)
         card = directory / _CARD_FILE
         if not card.exists() or is_plan_card(card.read_text(encoding="utf-8", errors="replace")):
-            self.generate_model_card().save(card)
+            with_picture = write_plan_picture(directory / PICTURE_FILE, self)
+            ModelCard(self.to_card().render(with_picture=with_picture)).save(card)
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
         return None
@@ -381,21 +382,27 @@ class BitRankPlan(
             with opened(target) as repository:
                 card = locate_file(_CARD_FILE, repository.name, revision=revision, token=token)
                 foreign = card is not None and not is_plan_card(card.read_text(encoding="utf-8", errors="replace"))
-                names = {path.name for path in Path(folder).iterdir()} - ({_CARD_FILE} if foreign else set())
+                left_out = {_CARD_FILE, PICTURE_FILE} if foreign else set()
+                names = {path.name for path in Path(folder).iterdir()} - left_out
                 return repository.commit(Path(folder), sorted(names), commit_message)
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
-        """The README.md of the plan's folder or repository."""
-        card = PlanCard(
+        """The README.md of the plan's folder or repository; the picture that it shows is written with the plan."""
+        return ModelCard(self.to_card().render(with_picture=draw_plan(self) is not None))
+
+    def to_card(self) -> PlanCard:
+        """What a model card says about the plan."""
+        return PlanCard(
+            layers=self,
             base_model=self.base_model.name_or_path,
+            fingerprint=self.base_model.fingerprint,
             backend=self.quantizer.backend,
+            group_size=self.quantizer.group_size,
             average_bits=self.average_bits,
             average_rank=self.average_rank,
-            bits_counts=Counter(layer.bits for layer in self.values()),
             memory=self.memory,
             provenance=self.provenance,
         )
-        return ModelCard(card.render())
 
     def _save_pretrained(self, save_directory: Path) -> None:
         plan_file.save(save_directory / PLAN_FILE, self._content(), self.to_metadata())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan, LayerPlan
+from peft_autoqra.plan_grid import PlanGrid
 from peft_autoqra.report_data import TrialRow
 from peft_autoqra.units import format_bytes
 
@@ -23,30 +23,28 @@ MEMORY_PARTS = {
     "optimizer_bytes": "optimizer states",
 }
 _CELL_WIDTH, _CELL_HEIGHT, _LABEL_WIDTH, _HEADER_HEIGHT = 60, 20, 64, 22
+_LABEL_CHARACTERS = 9
 _CHART_WIDTH, _PANEL_HEIGHT, _LEFT, _TOP, _BOTTOM = 680, 150, 56, 26, 22
 _BAR_HEIGHT, _BAR_LEFT, _BAR_WIDTH = 20, 120, 440
 
 
 def plan_heat_map(plan: BitRankPlan) -> str:
     """Layers down, module types across; colour is bits, the area of the dot is rank."""
-    cells = {_position(name): (name, layer) for name, layer in plan.items()}
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    columns = list(dict.fromkeys(column for _, column in cells))
+    grid = PlanGrid.from_names(plan)
     max_rank = max(layer.rank for layer in plan.values())
     body = [
         _text(_LABEL_WIDTH + _CELL_WIDTH * (i + 0.5), 14, column.rsplit(".", 1)[-1], "middle")
-        for i, column in enumerate(columns)
+        for i, column in enumerate(grid.columns)
     ]
-    single_prefix = len({prefix for prefix, _ in rows}) == 1
-    for row_index, row in enumerate(rows):
-        y = _HEADER_HEIGHT + row_index * _CELL_HEIGHT
-        body.append(_text(_LABEL_WIDTH - 8, y + 14, _row_label(row, single_prefix=single_prefix), "end"))
-        for column_index, column in enumerate(columns):
-            if (row, column) in cells:
-                name, layer = cells[row, column]
-                body.append(_cell(_LABEL_WIDTH + column_index * _CELL_WIDTH, y, name, layer, max_rank))
-    width = _LABEL_WIDTH + len(columns) * _CELL_WIDTH
-    height = _HEADER_HEIGHT + len(rows) * _CELL_HEIGHT + 4
+    body += [
+        _text(_LABEL_WIDTH - 8, _HEADER_HEIGHT + row * _CELL_HEIGHT + 14, _row_title(label), "end")
+        for row, label in enumerate(grid.row_labels)
+    ]
+    for (row, column), name in grid.cells.items():
+        x, y = _LABEL_WIDTH + column * _CELL_WIDTH, _HEADER_HEIGHT + row * _CELL_HEIGHT
+        body.append(_cell(x, y, name, plan[name], max_rank))
+    width = _LABEL_WIDTH + len(grid.columns) * _CELL_WIDTH
+    height = _HEADER_HEIGHT + len(grid.rows) * _CELL_HEIGHT + 4
     return _svg(width, height, f"Bits and rank of {len(plan)} modules", body)
 
 
@@ -122,20 +120,10 @@ def memory_legend() -> str:
     return f'<p class="legend">{"".join(keys)}</p>'
 
 
-def _position(module_name: str) -> tuple[tuple[str, str], str]:
-    """((prefix, layer number), module type); modules outside of numbered layers share a row."""
-    match = re.fullmatch(r"(.*?)\.?(\d+)\.(.+)", module_name)
-    return ((match[1], match[2]), match[3]) if match else (("", ""), module_name)
-
-
-def _row_label(row: tuple[str, str], *, single_prefix: bool) -> str:
-    prefix, number = row
-    if not number:
-        return "other"
-    if single_prefix:
-        return f"layer {number}"
-    parts = prefix.split(".")
-    return f"{parts[-2] if len(parts) > 1 else parts[-1]} {number}"
+def _row_title(label: str) -> str:
+    """Long names of stacks lose their front: the hint on each cell has the whole name."""
+    title = f"layer {label}" if label.isdecimal() else label
+    return title if len(title) <= _LABEL_CHARACTERS else "…" + title[1 - _LABEL_CHARACTERS :]
 
 
 def _cell(x: float, y: float, name: str, layer: LayerPlan, max_rank: int) -> str:

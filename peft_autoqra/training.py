@@ -23,6 +23,7 @@ from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.memory_measurement import measure_memory
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, QuantizerSettings
 from peft_autoqra.recipe import AdapterArguments
+from peft_autoqra.tuner.adapter_card import FineTuneFigures
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.uniform_plan import uniform_plan
 
@@ -132,7 +133,7 @@ class FineTune:
         )
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self._memory_probe = _MemoryProbe(self.plan)
-        self.trainer = SFTTrainer(
+        self.trainer = _CardTrainer(
             model=inputs.model,
             args=args,
             train_dataset=data.train,
@@ -185,7 +186,15 @@ class FineTune:
                 "train in bf16 or float32."
             )
         trainer.save_model(args.output_dir)
+        trainer.finetune_figures = FineTuneFigures(
+            held_out_loss=result.eval_loss,
+            num_steps=result.num_steps,
+            seconds=train_seconds,
+            estimated=result.estimated,
+            measured=result.measured,
+        )
         if self.is_main_process:
+            trainer.update_model_card()
             text = json.dumps(result.to_dict(), indent=2)
             Path(args.output_dir, RESULT_FILE).write_text(text, encoding="utf-8")
         if args.push_to_hub:
@@ -196,6 +205,21 @@ class FineTune:
     def is_main_process(self) -> bool:
         """Whether this process writes and prints."""
         return bool(self.trainer.is_world_process_zero())
+
+
+class _CardTrainer(SFTTrainer):  # type: ignore[misc]
+    """Adds the plan and the figures to the model card, which SFTTrainer writes anew with every checkpoint and push."""
+
+    finetune_figures: FineTuneFigures | None = None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self.update_model_card()
+
+    def update_model_card(self) -> None:
+        config = self.accelerator.unwrap_model(self.model).peft_config["default"]
+        config.card(self.finetune_figures).write(Path(self.args.output_dir))
 
 
 class _MemoryProbe(TrainerCallback):  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan
@@ -36,6 +37,25 @@ def test_card_says_what_the_plan_is_and_how_to_load_it(tmp_path):
     assert code.index("import peft_autoqra") < code.index("from peft import")
 
 
+def test_card_shows_the_plan_as_a_table_and_a_picture(tmp_path):
+    layers = {f"model.layers.{i}.{kind}": LayerPlan(2 + i, 4 * i) for i in range(3) for kind in ("q", "up")}
+    PLAN.replace(layers=layers | {"lm_head": LayerPlan(8, 0)}).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    rows = ["| 0 | 2/0 | 2/0 |  |", "| 1 | 3/4 | 3/4 |  |", "| 2 | 4/8 | 4/8 |  |", "| other |  |  | 8/0 |"]
+    assert "\n".join(rows) in text
+    assert "](autoqra_plan.png)" in text
+    Image.open(tmp_path / "autoqra_plan.png").verify()
+
+
+def test_card_does_not_show_a_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / "autoqra_plan.png").mkdir()
+    with pytest.warns(UserWarning, match="cannot be written"):
+        PLAN.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "autoqra_plan.png" not in text
+    assert "| other | 2/4 | 4/8 |" in text
+
+
 def test_folder_as_base_model_stays_out_of_the_header(tmp_path):
     PLAN.replace(base_model=BaseModelInfo(name_or_path=str(tmp_path))).save_pretrained(tmp_path)
     header = (tmp_path / "README.md").read_text().split("---")[1]
@@ -54,6 +74,7 @@ def test_a_readme_of_someone_else_is_kept(tmp_path, mine):
     (tmp_path / "README.md").write_text(mine)
     PLAN.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == mine
+    assert not (tmp_path / "autoqra_plan.png").exists()
 
 
 def test_the_card_of_an_earlier_plan_is_replaced(tmp_path):

@@ -94,6 +94,19 @@ def test_trained_adapter_scores_the_same_after_a_reload(make_finetune, tiny_llam
     assert BitRankPlan.from_pretrained(tmp_path / "adapter") == trained_plan
 
 
+def test_card_tells_the_measured_figures_and_keeps_them_when_trl_writes_its_card_anew(make_finetune, tmp_path):
+    finetune = make_finetune(bits=3, r=4)
+    result = finetune.run()
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"| held-out loss of this adapter | {result.eval_loss:.4f} after 3 steps" in text
+    part = f"{result.measured.optimizer_bytes:,}"
+    assert f"| optimizer states | {part} | {part} |" in text
+    finetune.trainer.create_model_card()  # as a push does
+    anew = (tmp_path / "adapter" / "README.md").read_text()
+    assert "Quick start" in anew
+    assert anew.split("<!-- autoqra")[1] == text.split("<!-- autoqra")[1]
+
+
 def test_training_lowers_the_loss(make_finetune):
     finetune = make_finetune(bits=4, r=8)
     before = finetune.trainer.evaluate()["eval_loss"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft_autoqra.commands.tables import text_table
-from peft_autoqra.hub import SharedFolder, inspect_folder, push_folder
+from peft_autoqra.hub import SharedFolder, prepare_folder, push_folder
 from peft_autoqra.hub_repository import PushTarget
 
 DESCRIPTION = (
@@ -18,7 +18,7 @@ DESCRIPTION = (
 
 
 def run(argv: Sequence[str]) -> int:
-    """Check, list and upload, or with ``--dry_run`` only check and list; returns the exit status.
+    """Complete the model card, check, list and upload, with ``--dry_run`` all but the last; returns the exit status.
 
     Raises:
         AutoQRAError: there is nothing whole to share, or the hub refuses or cannot be reached.
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
         token=options.token,
         create_pr=options.create_pr,
     )
-    shared = inspect_folder(options.folder)
+    shared = prepare_folder(options.folder)
     for warning in shared.warnings:
         print(f"autoqra push: warning: {warning}", file=sys.stderr)  # noqa: T201
     print(_listing(shared))  # noqa: T201
@@ -52,7 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--commit_message", metavar="TEXT", help="what is uploaded by default")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--token", help="hub token; the one of `hf auth login`, or $HF_TOKEN, by default")
-    parser.add_argument("--dry_run", action="store_true", help="check and list what would go up; upload nothing")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="complete the card, check and list; upload nothing",
+    )
     return parser
 
 

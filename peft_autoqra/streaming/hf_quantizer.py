@@ -21,6 +21,7 @@ from peft_autoqra.errors import AutoQRAError, InvalidPlanError
 from peft_autoqra.plan import BitRankPlan, QuantizerSettings
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
 from peft_autoqra.quant.nf4 import NF4Linear
+from peft_autoqra.streaming.base_card import BASE_TAGS, base_metadata
 from peft_autoqra.streaming.checkpoint_codes import check_code_entries, check_filled
 from peft_autoqra.streaming.empty_layers import fitting_names, put_empty_layers
 from peft_autoqra.streaming.quant_config import METHOD, AutoQRAQuantConfig
@@ -61,6 +62,7 @@ def note_base(model: nn.Module, plan: BitRankPlan | None) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = config.quant_method
+    model.add_model_tags(list(BASE_TAGS))
 
 
 class AutoQRAHfQuantizer(HfQuantizer):
@@ -156,10 +158,11 @@ class AutoQRAHfQuantizer(HfQuantizer):
         else:
             check_filled(model, self.quantization_config.modules)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
+        model.add_model_tags(list(BASE_TAGS))  # type: ignore[operator]  # all that push_to_hub lets us say
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Let transformers save the model as it is, after a check that it can be read again.
+        """Let transformers save the model as it is, and name its base; after a check that it can be read again.
 
         Raises:
             InvalidPlanError: NF4 layers, layers that were quantized or adapted after loading, or weights that
@@ -180,7 +183,7 @@ class AutoQRAHfQuantizer(HfQuantizer):
                 "not be read again. Take adapters off with unload(), and quantize all layers while loading."
             )
         _check_not_fused(model, quantized)
-        return None, {}
+        return None, base_metadata(model)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QUANTIZED_LAYERS)]:

@@ -16,6 +16,7 @@ from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.plan_file import ADAPTER_FILE, FORMAT_VERSION
+from peft_autoqra.tuner.adapter_card import AdapterCard, FineTuneFigures
 from peft_autoqra.tuner.patterns import check_syntax
 
 COMPENSATE = "compensate"
@@ -176,7 +177,10 @@ class AutoQRAConfig(LoraConfig):
         return content
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, the calibration that a reload needs, and the plan into the adapter's header."""
+        """Write adapter_config.json, the calibration that a reload needs, the plan into the adapter's header, a card.
+
+        The card is a section of the README.md that PEFT wrote before.
+        """
         super().save_pretrained(save_directory, **kwargs)
         directory = Path(save_directory)
         calibration = self._adapter_calibration()
@@ -187,6 +191,18 @@ class AutoQRAConfig(LoraConfig):
             # the trained adapter has taken the place of the corrections, so whoever trains the plan again starts at 0
             plan = self.plan.replace(initialization="zero", calibration=calibration)
             _add_header(adapter, plan.to_metadata())
+        if self.plan is not None:
+            self.card().write(directory)
+
+    def card(self, finetune: FineTuneFigures | None = None) -> AdapterCard:
+        """What a model card says about an adapter of this configuration, once a model has it.
+
+        Args:
+            finetune: what was measured.
+        """
+        base_model = self.base_model_name_or_path or self.plan.base_model.name_or_path
+        task_type = getattr(self.task_type, "value", self.task_type)
+        return AdapterCard(plan=self.plan, base_model=base_model, task_type=task_type, finetune=finetune)
 
 
 def check_leaves_weights(config: LoraConfig) -> None:

@@ -15,6 +15,7 @@ from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BaseModelInfo, BitRa
 from peft_autoqra.errors import HubError, InvalidPlanError
 from peft_autoqra.plan_calibration import CALIBRATION_FILE
 from peft_autoqra.plan_file import PLAN_FILE
+from peft_autoqra.plan_picture import PICTURE_FILE
 from tests.conftest import REPOSITORY, TinyLlamaFactory
 from tests.hub.conftest import ME, OTHER, Hub
 from tests.tuner.synthetic import calibrated_plan, mixed_plan
@@ -32,7 +33,7 @@ def test_a_calibrated_plan_comes_back_whole(hub: Hub, tiny_llama: TinyLlamaFacto
     commit = hub.server.repository("me/my-plan").find("main")
     assert url == f"https://huggingface.co/me/my-plan/commit/{commit.sha}"
     assert commit.message == "Upload plan"
-    assert set(hub.server.repository("me/my-plan").files()) == {PLAN_FILE, CALIBRATION_FILE, "README.md"}
+    assert set(hub.server.repository("me/my-plan").files()) == {PLAN_FILE, CALIBRATION_FILE, PICTURE_FILE, "README.md"}
     loaded = BitRankPlan.from_pretrained("me/my-plan")
     assert loaded == plan
     assert loaded.shapes == plan.shapes
@@ -114,7 +115,7 @@ def test_the_card_of_something_else_is_left_alone(hub: Hub, tmp_path: Path) -> N
 def test_saving_may_push_too(hub: Hub, tmp_path: Path) -> None:
     url = make_plan().save_pretrained(tmp_path / "my-plan", push_to_hub=True, private=True, revision="dev")
     assert url.startswith("https://huggingface.co/me/my-plan/commit/")
-    assert set(hub.server.repository("me/my-plan").files("dev")) == {PLAN_FILE, "README.md"}
+    assert set(hub.server.repository("me/my-plan").files("dev")) == {PLAN_FILE, PICTURE_FILE, "README.md"}
 
 
 def test_another_cache_and_a_new_download(hub: Hub, tmp_path: Path) -> None:
@@ -135,4 +136,4 @@ def test_the_example(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(sys, "argv", ["04", *(str(part) for k, v in flags.items() for part in (f"--{k}", v))])
     runpy.run_path(str(REPOSITORY / "examples" / "04_share_a_plan.py"), run_name="__main__")
     assert "pushed: https://huggingface.co/me/plan/commit/" in capsys.readouterr().out
-    assert set(hub.server.repository("me/plan").files()) == {PLAN_FILE, "README.md"}
+    assert set(hub.server.repository("me/plan").files()) == {PLAN_FILE, PICTURE_FILE, "README.md"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -19,17 +19,19 @@ from transformers import AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BaseModelInfo, BitRankPlan, cli
 from peft_autoqra.errors import HubError, InvalidPlanError
-from peft_autoqra.hub import ADAPTER, PLAN, QUANTIZED_BASE, inspect_folder, push_folder
+from peft_autoqra.hub import ADAPTER, PLAN, QUANTIZED_BASE, prepare_folder, push_folder
 from peft_autoqra.hub_repository import PushTarget
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE
 from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE
+from peft_autoqra.plan_picture import PICTURE_FILE
 from tests.conftest import TinyLlamaFactory
 from tests.hub.conftest import OTHER, Hub
 from tests.test_cli import fails_with_one_line
 from tests.tiny_data import word_tokenizer
 from tests.tuner.synthetic import calibrated_plan, logits, randomize_adapters
 
-ADAPTER_FILES = {"adapter_config.json", ADAPTER_FILE, ADAPTER_CALIBRATION_FILE, "README.md"}
+CARD = {"README.md", PICTURE_FILE}
+ADAPTER_FILES = {"adapter_config.json", ADAPTER_FILE, ADAPTER_CALIBRATION_FILE} | CARD
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 JUNK = (
     "checkpoint-2/adapter_model.safetensors", "checkpoint-2/optimizer.pt", "finetune_result.json", "optimizer.pt",
@@ -86,9 +88,9 @@ def base_folder(tiny_llama: TinyLlamaFactory, tmp_path: Path, request: pytest.Fi
 
 # ------------------------------------------------------------------------------------------------------ what goes up
 def test_a_plan(hub: Hub, plan: BitRankPlan, plan_folder: Path) -> None:
-    shared = inspect_folder(add_junk(plan_folder))
+    shared = prepare_folder(add_junk(plan_folder))
     assert (shared.kinds, shared.warnings) == ((PLAN,), ())
-    assert set(shared.filenames) == {PLAN_FILE, CALIBRATION_FILE, "README.md"}
+    assert set(shared.filenames) == {PLAN_FILE, CALIBRATION_FILE} | CARD
     push_folder(shared, PushTarget(repo_id="plan"))
     repository = hub.server.repository("me/plan")
     assert set(repository.files()) == set(shared.filenames)
@@ -100,7 +102,7 @@ def test_a_plan(hub: Hub, plan: BitRankPlan, plan_folder: Path) -> None:
 
 def test_an_adapter(hub: Hub, adapted: nn.Module, adapter_folder: Path, tiny_llama: TinyLlamaFactory) -> None:
     tiny_llama().push_to_hub("me/base")
-    shared = inspect_folder(add_junk(adapter_folder))
+    shared = prepare_folder(add_junk(adapter_folder))
     assert (shared.kinds, shared.warnings) == ((ADAPTER,), ())
     assert set(shared.filenames) == ADAPTER_FILES | TOKENIZER_FILES
     assert {name.split("/")[0] for name in JUNK} == {name.rstrip("/") for name in shared.left_out}
@@ -111,7 +113,7 @@ def test_an_adapter(hub: Hub, adapted: nn.Module, adapter_folder: Path, tiny_lla
 
 def test_an_adapter_with_a_plan_beside_it(hub: Hub, plan: BitRankPlan, adapter_folder: Path) -> None:
     plan.save_pretrained(adapter_folder)
-    shared = inspect_folder(adapter_folder)
+    shared = prepare_folder(adapter_folder)
     assert shared.kinds == (PLAN, ADAPTER)
     assert set(shared.filenames) == ADAPTER_FILES | TOKENIZER_FILES | {PLAN_FILE, CALIBRATION_FILE}
     push_folder(shared, PushTarget(repo_id="me/both"))
@@ -122,9 +124,9 @@ def test_an_adapter_with_a_plan_beside_it(hub: Hub, plan: BitRankPlan, adapter_f
 def test_a_quantized_base(hub: Hub, base_folder: Path) -> None:
     expected = logits(AutoModelForCausalLM.from_pretrained(base_folder))
     weights = {path.name for path in base_folder.glob("model*")}
-    shared = inspect_folder(add_junk(base_folder))
+    shared = prepare_folder(add_junk(base_folder))
     assert (shared.kinds, shared.warnings) == ((QUANTIZED_BASE,), ())
-    assert set(shared.filenames) == weights | TOKENIZER_FILES | {"config.json", "generation_config.json"}
+    assert set(shared.filenames) == weights | TOKENIZER_FILES | CARD | {"config.json", "generation_config.json"}
     push_folder(shared, PushTarget(repo_id="me/quantized"))
     assert set(hub.server.repository("me/quantized").files()) == set(shared.filenames)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("me/quantized")), expected)
@@ -133,15 +135,15 @@ def test_a_quantized_base(hub: Hub, base_folder: Path) -> None:
 def test_a_plan_beside_a_dense_model(plan: BitRankPlan, tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     plan.save_pretrained(tmp_path)
-    shared = inspect_folder(tmp_path)
-    assert set(shared.filenames) == {PLAN_FILE, CALIBRATION_FILE, "README.md"}
+    shared = prepare_folder(tmp_path)
+    assert set(shared.filenames) == {PLAN_FILE, CALIBRATION_FILE} | CARD
     assert "model.safetensors" in shared.left_out
 
 
 def test_the_calibration_of_another_time_stays_here(plan: BitRankPlan, plan_folder: Path) -> None:
     plan.replace(calibration=None, initialization="zero").save_pretrained(plan_folder)
     assert (plan_folder / CALIBRATION_FILE).exists()
-    assert CALIBRATION_FILE not in inspect_folder(plan_folder).filenames
+    assert CALIBRATION_FILE not in prepare_folder(plan_folder).filenames
 
 
 def test_pictures_of_the_card_go_with_it(plan_folder: Path) -> None:
@@ -152,14 +154,25 @@ def test_pictures_of_the_card_go_with_it(plan_folder: Path) -> None:
     text = (plan_folder / "README.md").read_text()
     links = '![a](./bits.png) <img src="figures/ranks.svg"> ![b](../secret.png) ![c](https://x/other.png) ![d](no.png)'
     (plan_folder / "README.md").write_text(text + links)
-    shared = inspect_folder(plan_folder)
-    assert {name for name in shared.filenames if name.endswith(("png", "svg"))} == {"bits.png", "figures/ranks.svg"}
+    shared = prepare_folder(plan_folder)
+    assert {name for name in shared.filenames if name.endswith(("png", "svg"))} == {
+        PICTURE_FILE,
+        "bits.png",
+        "figures/ranks.svg",
+    }
 
 
-def test_a_folder_without_a_card(hub: Hub, adapter_folder: Path) -> None:
+def test_a_folder_without_a_card_gets_one(hub: Hub, adapter_folder: Path) -> None:
     (adapter_folder / "README.md").unlink()
-    push_folder(inspect_folder(adapter_folder), PushTarget(repo_id="me/adapter"))
-    assert "README.md" not in hub.server.repository("me/adapter").files()
+    push_folder(prepare_folder(adapter_folder), PushTarget(repo_id="me/adapter"))
+    assert b"peft_autoqra" in hub.server.repository("me/adapter").files()["README.md"]
+
+
+def test_a_card_that_names_a_folder_as_base_model_is_mended(adapter_folder: Path) -> None:
+    """TRL writes such cards."""
+    (adapter_folder / "README.md").write_text("---\nbase_model: /home/me/m\n---\n")
+    assert prepare_folder(adapter_folder).warnings == ()
+    assert ModelCard.load(adapter_folder / "README.md").data.base_model != "/home/me/m"
 
 
 def test_an_adapter_that_transformers_saved(
@@ -169,7 +182,7 @@ def test_an_adapter_that_transformers_saved(
     model = tiny_llama()
     model.load_adapter(str(adapter_folder))
     model.save_pretrained(tmp_path / "again")
-    assert inspect_folder(tmp_path / "again").kinds == (ADAPTER,)
+    assert prepare_folder(tmp_path / "again").kinds == (ADAPTER,)
 
 
 # ----------------------------------------------------------------------------------------------------------- refused
@@ -197,6 +210,13 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def name_folder(card: Path) -> None:
+    """By hand, in a card that is complete otherwise."""
+    text = re.sub("^base_model: .*$", "base_model: /home/me/m", card.read_text(), flags=re.MULTILINE)
+    assert "/home/me/m" in text
+    card.write_text(text)
+
+
 DAMAGE = {
     "cut adapter": (lambda f: cut(f / ADAPTER_FILE), "damaged"),
     "cut calibration": (lambda f: cut(f / ADAPTER_CALIBRATION_FILE), "damaged"),
@@ -207,7 +227,7 @@ DAMAGE = {
     "a tensor missing": (lambda f: change_tensors(f / ADAPTER_FILE, drop_one), "is not of rank"),
     "other ranks": (lambda f: change_tensors(f / ADAPTER_FILE, widen), "is not of rank"),
     "unreadable card": (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "header of .* cannot be read"),
-    "local base": (lambda f: (f / "README.md").write_text("---\nbase_model: /home/me/m\n---\n"), "'/home/me/m'"),
+    "local base": (lambda f: name_folder(f / "README.md"), "'/home/me/m'"),
 }
 
 
@@ -215,14 +235,14 @@ DAMAGE = {
 def test_a_damaged_adapter(adapter_folder: Path, damage, message: str) -> None:
     damage(adapter_folder)
     with pytest.raises(InvalidPlanError, match=message) as raised:
-        inspect_folder(adapter_folder)
+        prepare_folder(adapter_folder)
     assert str(adapter_folder) in str(raised.value)
 
 
 def test_an_adapter_of_a_newer_version(adapter_folder: Path) -> None:
     edit_json(adapter_folder / "adapter_config.json", autoqra_version=99)
     with pytest.raises(InvalidPlanError, match="upgrade"):
-        inspect_folder(adapter_folder)
+        prepare_folder(adapter_folder)
 
 
 PLAN_DAMAGE = {
@@ -236,7 +256,7 @@ PLAN_DAMAGE = {
 def test_a_damaged_plan(plan_folder: Path, damage, message: str) -> None:
     damage(plan_folder)
     with pytest.raises(InvalidPlanError, match=message):
-        inspect_folder(plan_folder)
+        prepare_folder(plan_folder)
 
 
 def drop_shard(folder: Path) -> None:
@@ -268,7 +288,7 @@ BASE_DAMAGE = {
 def test_a_damaged_base(base_folder: Path, damage, message: str) -> None:
     damage(base_folder)
     with pytest.raises(InvalidPlanError, match=message):
-        inspect_folder(base_folder)
+        prepare_folder(base_folder)
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, {"a": "../model.safetensors"}])
@@ -276,37 +296,37 @@ def test_an_index_that_lists_nothing(base_folder: Path, weight_map) -> None:
     (base_folder / "model.safetensors").unlink(missing_ok=True)
     (base_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InvalidPlanError, match="does not list the files"):
-        inspect_folder(base_folder)
+        prepare_folder(base_folder)
 
 
 def test_nothing_of_ours(plan_folder: Path, tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     with pytest.raises(InvalidPlanError, match="There is no folder"):
-        inspect_folder(tmp_path / "nowhere")
+        prepare_folder(tmp_path / "nowhere")
     with pytest.raises(InvalidPlanError, match=rf"holds no plan .* Did you mean {re.escape(str(plan_folder))}\?"):
-        inspect_folder(tmp_path)
+        prepare_folder(tmp_path)
     tiny_llama().save_pretrained(tmp_path / "dense")
     with pytest.raises(InvalidPlanError, match="AutoQRA did not quantize; push it with transformers"):
-        inspect_folder(tmp_path / "dense")
+        prepare_folder(tmp_path / "dense")
     get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
     with pytest.raises(InvalidPlanError, match="LORA that AutoQRA did not make; push it with PEFT"):
-        inspect_folder(tmp_path / "lora")
+        prepare_folder(tmp_path / "lora")
 
 
 def test_the_directory_of_a_search(plan: BitRankPlan, tmp_path: Path) -> None:
     plan.save_pretrained(tmp_path / "plan")
     (tmp_path / "search_result.json").write_text("{}")
     with pytest.raises(InvalidPlanError, match=rf"directory of a search.*push the plan in it, {tmp_path / 'plan'}"):
-        inspect_folder(tmp_path)
+        prepare_folder(tmp_path)
 
 
 def test_a_local_base_is_warned_of(adapter_folder: Path, plan: BitRankPlan, plan_folder: Path) -> None:
     for local in ("/home/me/model", str(plan_folder), None):
         edit_json(adapter_folder / "adapter_config.json", base_model_name_or_path=local)
-        (warning,) = inspect_folder(adapter_folder).warnings
+        (warning,) = prepare_folder(adapter_folder).warnings
         assert f"base_model_name_or_path={local!r}" in warning
         assert "hub id" in warning
     plan.replace(base_model=BaseModelInfo(name_or_path="../model")).save_pretrained(plan_folder)
-    (warning,) = inspect_folder(plan_folder).warnings
+    (warning,) = prepare_folder(plan_folder).warnings
     assert "'../model'" in warning
 
 
@@ -376,8 +396,8 @@ def test_an_interrupted_push_of_a_folder_shows_nothing(hub: Hub, base_folder: Pa
     fault = hub.server.fail("PUT", "cut")
     target = PushTarget(repo_id="me/quantized")
     with pytest.raises(HubError, match="not committed"):
-        push_folder(inspect_folder(base_folder), target)
+        push_folder(prepare_folder(base_folder), target)
     assert hub.server.repository("me/quantized").files() == {}
     fault.times = 0
-    push_folder(inspect_folder(base_folder), target)
+    push_folder(prepare_folder(base_folder), target)
     assert hub.server.repository("me/quantized").files()

@@ -1,0 +1,48 @@
+"""The model card of a folder that is about to be shared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.folder_contents import base_files
+from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan_file import PLAN_FILE
+from peft_autoqra.readme import has_section
+from peft_autoqra.streaming.base_card import QuantizedBaseCard
+from peft_autoqra.tuner.config import AutoQRAConfig
+
+
+def complete_model_card(directory: str | Path) -> None:
+    """Put the plan, as a table and a picture, and how to load it into the README.md of a saved model.
+
+    Call it on the folder of a quantized base after ``base.save_pretrained``, where transformers writes no card. Plans
+    and adapters have theirs once they are saved; a trainer's ``push_to_hub`` writes a card of its own over an
+    adapter's, which this completes. What others wrote into the file stays.
+
+    Args:
+        directory: of a quantized base, an adapter or a plan.
+
+    Raises:
+        InvalidPlanError: the folder holds none of them, or a damaged one.
+    """
+    folder = Path(directory)
+    if (folder / CONFIG_NAME).is_file():
+        config = PeftConfig.from_pretrained(str(folder))
+        if isinstance(config, AutoQRAConfig):
+            if not has_section(folder):
+                config.plan = BitRankPlan.from_pretrained(folder)
+                config.card().write(folder)
+            return
+    base = base_files(folder)
+    if base:
+        weights = [name for name in base if name.endswith(".safetensors")]
+        QuantizedBaseCard.from_folder(folder, weights).write(folder)
+    elif not (folder / PLAN_FILE).is_file():
+        raise InvalidPlanError(
+            f"{str(folder)!r} holds no adapter, quantized base or plan of AutoQRA; give the folder that "
+            "save_pretrained wrote."
+        )

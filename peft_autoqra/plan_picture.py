@@ -1,0 +1,214 @@
+"""A plan as a picture: layers down, module types across, colour is bits, the area of the dot is rank."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft_autoqra.plan_grid import BitsAndRank, PlanGrid
+
+PICTURE_FILE = "autoqra_plan.png"
+
+# One hue from light to dark, so that lightness alone tells the bits apart; the report's colours. The ground is white
+# and not transparent: then the picture is the same on a dark page.
+COLOURS = {2: "#d3e4f6", 3: "#9fc5ec", 4: "#609dd9", 8: "#2b6cb0", 16: "#143f70"}
+_PAPER, _INK, _DOT, _DOT_EDGE, _CELL_EDGE = "#ffffff", "#30373f", "#ffffff", "#1b1f24", "#8fa3b8"
+_MAX_ROWS, _MAX_COLUMNS = 256, 40
+_MAX_SHOWN_RANKS = 6
+
+_DOTS_PER_INCH = 100  # lengths below are whole pixels then, which compresses better
+_MARGIN, _KEY_HEIGHT, _MIN_WIDTH = 0.12, 0.26, 4.2  # inches, as all lengths here
+_CHARACTER_WIDTH, _FONT_POINTS = 0.074, 8
+_COLUMN_WIDTH, _UPRIGHT_CHARACTERS, _LEANING = 0.62, 9, 40  # degrees of labels that are wider than a column
+
+
+class _Cell(NamedTuple):
+    """A module; hashable, so that pictures can be remembered."""
+
+    name: str
+    bits: int
+    rank: int
+
+
+def write_plan_picture(path: Path, layers: Mapping[str, BitsAndRank]) -> bool:
+    """Write a PNG of a plan; a file that holds it already is left alone.
+
+    A picture that was drawn before is remembered, since trainers save the same plan with every checkpoint.
+
+    Args:
+        path: of the file.
+        layers: module name to bits and rank.
+
+    Returns:
+        Whether there is a picture: a grid of more than 256 layers or 40 module types would not be legible. None can be
+        drawn where matplotlib is broken or the file cannot be written; that is a warning, since saving a model must
+        not fail because of it.
+    """
+    try:
+        png = draw_plan(layers)
+        if png is not None and not (path.is_file() and path.read_bytes() == png):
+            path.write_bytes(png)
+    except (ImportError, OSError) as error:
+        warnings.warn(f"The picture of the plan, {path}, cannot be written: {error}.", stacklevel=2)
+        return False
+    return png is not None
+
+
+def draw_plan(layers: Mapping[str, BitsAndRank]) -> bytes | None:
+    """A PNG of a plan; None where it would not be legible.
+
+    Args:
+        layers: module name to bits and rank.
+    """
+    return _draw(tuple(_Cell(name, layer.bits, layer.rank) for name, layer in layers.items()))
+
+
+@lru_cache(maxsize=4)
+def _draw(cells: tuple[_Cell, ...]) -> bytes | None:
+    grid = PlanGrid.from_names(cell.name for cell in cells)
+    if len(grid.rows) > _MAX_ROWS or len(grid.columns) > _MAX_COLUMNS:
+        return None
+    layout = _Layout(grid)
+    modules = {cell.name: cell for cell in cells}
+    max_rank = max(cell.rank for cell in cells)
+    sheet = _Sheet()
+    for (row, column), name in grid.cells.items():
+        x, y = layout.corner(row, column)
+        sheet.square(x, y, layout.column_width, layout.row_height, modules[name].bits)
+        sheet.dot(x + layout.column_width / 2, y + layout.row_height / 2, modules[name].rank, max_rank, layout.radius)
+    for row, label in enumerate(grid.row_labels):
+        y = layout.corner(row, 0)[1] + layout.row_height / 2
+        sheet.write(layout.left - 0.07, y, _row_title(label), ha="right", va="center_baseline")
+    leaning = {"rotation": _LEANING, "rotation_mode": "anchor", "ha": "left"} if layout.leans else {"ha": "center"}
+    for column, label in enumerate(grid.columns):
+        x = layout.corner(0, column)[0] + layout.column_width / 2
+        sheet.write(x, layout.top - 0.06, label, va="baseline", **leaning)
+    height = _add_legend(sheet, cells, layout)
+    return sheet.to_png(layout.width, height)
+
+
+def _row_title(label: str) -> str:
+    return f"layer {label}" if label.isdecimal() else label
+
+
+class _Layout:
+    """Where things are, in inches from the upper left corner."""
+
+    def __init__(self, grid: PlanGrid) -> None:
+        longest_row = max(len(_row_title(label)) for label in grid.row_labels)
+        longest_column = max(len(label) for label in grid.columns)
+        self.leans = longest_column > _UPRIGHT_CHARACTERS
+        self.column_width = _COLUMN_WIDTH
+        self.row_height = 0.22 if len(grid.rows) <= 48 else 0.16
+        self.radius = self.row_height * 0.4
+        reach = longest_column * _CHARACTER_WIDTH if self.leans else 0.0
+        self.left = round(_MARGIN + longest_row * _CHARACTER_WIDTH + 0.1, 2)
+        self.top = round(_MARGIN + 0.2 + reach * math.sin(math.radians(_LEANING)), 2)
+        self.bottom = self.top + len(grid.rows) * self.row_height
+        # the last label leans out of the grid
+        overhang = max(len(grid.columns[-1]) * _CHARACTER_WIDTH * math.cos(math.radians(_LEANING)) - 0.3, 0.0)
+        right = self.left + len(grid.columns) * self.column_width + (overhang if self.leans else 0.0) + _MARGIN
+        self.width = max(right, _MIN_WIDTH)
+
+    def corner(self, row: int, column: int) -> tuple[float, float]:
+        return self.left + column * self.column_width, self.top + row * self.row_height
+
+
+@dataclass
+class _Sheet:
+    """Collects what is drawn; y grows downwards."""
+
+    squares: list[tuple[float, float, float, float, int]] = field(default_factory=list)
+    dots: list[tuple[float, float, float]] = field(default_factory=list)
+    texts: list[tuple[float, float, str, dict[str, Any]]] = field(default_factory=list)
+
+    def square(self, x: float, y: float, width: float, height: float, bits: int) -> None:
+        self.squares.append((x + 0.01, y + 0.01, width - 0.02, height - 0.02, bits))
+
+    def dot(self, x: float, y: float, rank: int, max_rank: int, largest_radius: float) -> None:
+        if rank:
+            self.dots.append((x, y, max(largest_radius * math.sqrt(rank / max_rank), 0.018)))
+
+    def write(self, x: float, y: float, text: str, **properties: Any) -> None:
+        self.texts.append((x, y, text, properties))
+
+    def to_png(self, width: float, height: float) -> bytes:
+        """Draw with matplotlib's objects alone: pyplot would hold the figure and choose a window system.
+
+        Whatever a user's style sheet could change is given here.
+        """
+        # imported at first use: it takes longer than the rest of the package's own modules together
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+        from matplotlib.collections import PatchCollection  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.patches import Circle, Rectangle  # noqa: PLC0415
+
+        figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, facecolor=_PAPER, edgecolor=_PAPER)
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+        colours = [COLOURS[bits] for *_, bits in self.squares]
+        rectangles = [Rectangle((x, y), w, h) for x, y, w, h, _ in self.squares]
+        circles = [Circle((x, y), radius) for x, y, radius in self.dots]
+        axes.add_collection(
+            PatchCollection(rectangles, facecolors=colours, edgecolors=_CELL_EDGE, linewidths=0.4), autolim=False
+        )
+        axes.add_collection(
+            PatchCollection(circles, facecolors=_DOT, edgecolors=_DOT_EDGE, linewidths=0.8), autolim=False
+        )
+        style: dict[str, Any] = {
+            "family": "DejaVu Sans",
+            "size": _FONT_POINTS,
+            "color": _INK,
+            "usetex": False,
+            "parse_math": False,
+        }
+        for x, y, text, properties in self.texts:
+            axes.text(x, y, text, **style, **properties)
+        file = io.BytesIO()
+        canvas.print_png(file, metadata={"Software": None})  # the same plan is the same file with any version
+        return file.getvalue()
+
+
+def _add_legend(sheet: _Sheet, cells: Iterable[_Cell], layout: _Layout) -> float:
+    """Which colour is which bit-width and which dot which rank; returns where it ends."""
+    bits, ranks = ({getattr(cell, name) for cell in cells} for name in ("bits", "rank"))
+    y = layout.bottom + 0.2
+    y = _keys(sheet, [(f"{value} bits", value, None) for value in sorted(bits)], y, layout, max(ranks))
+    if max(ranks):
+        dots: list[tuple[str, int | None, int | None]] = [
+            (f"rank {value}", None, value) for value in _thinned(sorted(ranks - {0}))
+        ]
+        y = _keys(sheet, [*dots, *([("no dot: no adapter", None, None)] if 0 in ranks else [])], y, layout, max(ranks))
+    return y + _MARGIN - _KEY_HEIGHT / 4
+
+
+def _keys(
+    sheet: _Sheet, keys: list[tuple[str, int | None, int | None]], y: float, layout: _Layout, max_rank: int
+) -> float:
+    x = _MARGIN
+    for title, bits, rank in keys:
+        sample = 0.27 if bits is not None or rank is not None else 0.0
+        width = sample + len(title) * _CHARACTER_WIDTH + 0.1
+        if x > _MARGIN and x + width > layout.width:
+            x, y = _MARGIN, y + _KEY_HEIGHT
+        if bits is not None:
+            sheet.square(x, y - 0.08, 0.2, 0.16, bits)
+        elif rank is not None:
+            sheet.dot(x + 0.1, y, rank, max_rank, layout.radius)
+        sheet.write(x + sample, y, title, ha="left", va="center_baseline")
+        x += width
+    return y + _KEY_HEIGHT
+
+
+def _thinned(ranks: list[int]) -> list[int]:
+    if len(ranks) <= _MAX_SHOWN_RANKS:
+        return ranks
+    step = (len(ranks) - 1) / (_MAX_SHOWN_RANKS - 1)
+    return [ranks[round(index * step)] for index in range(_MAX_SHOWN_RANKS)]

@@ -1,0 +1,88 @@
+"""A plan as a Markdown table that stays readable for models of many layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from peft_autoqra.plan_grid import BitsAndRank, PlanGrid
+
+MAX_COLUMNS = 24
+"""Above it, as with a layer for every expert, the table counts modules by type."""
+
+_MAX_OPEN_ROWS = 40
+
+
+def plan_table(layers: Mapping[str, BitsAndRank]) -> str:
+    """Rows are layers, columns module types, cells bits and rank; neighbouring layers that are equal share a row.
+
+    Args:
+        layers: module name to bits and rank. Where every rank is 0, cells hold bits alone.
+    """
+    grid = PlanGrid.from_names(layers)
+    with_ranks = any(layer.rank for layer in layers.values())
+    cell_format = "bits/rank" if with_ranks else "bits"
+    if len(grid.columns) > MAX_COLUMNS:
+        return _table_by_type(layers)
+    rows = []
+    for row_index in range(len(grid.rows)):
+        names = [grid.cells.get((row_index, column)) for column in range(len(grid.columns))]
+        rows.append(tuple("" if name is None else _cell(layers[name], with_ranks) for name in names))
+    body = [(label, *cells) for label, cells in _collapsed(grid, rows)]
+    table = markdown_table((f"layer ({cell_format})", *grid.columns), body)
+    if len(body) <= _MAX_OPEN_ROWS:
+        return table
+    return f"<details><summary>{len(body)} rows of {cell_format}</summary>\n\n{table}\n\n</details>"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        header: title of each column.
+        rows: cells of each row.
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _cell(layer: BitsAndRank, with_rank: bool) -> str:
+    return f"{layer.bits}/{layer.rank}" if with_rank else str(layer.bits)
+
+
+def _collapsed(grid: PlanGrid, rows: Sequence[tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Runs of equal layers in one row, such as ``0-7``."""
+    labels = grid.row_labels
+    runs: list[list[int]] = []
+    for index, cells in enumerate(rows):
+        if runs and rows[runs[-1][-1]] == cells and _are_neighbours(grid, runs[-1][-1], index):
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return [
+        (labels[run[0]] if len(run) == 1 else f"{labels[run[0]]}-{grid.rows[run[-1]].number}", rows[run[0]])
+        for run in runs
+    ]
+
+
+def _are_neighbours(grid: PlanGrid, first: int, second: int) -> bool:
+    one, other = grid.rows[first], grid.rows[second]
+    if one.number is None or other.number is None:
+        return False
+    return one.prefix == other.prefix and other.number == one.number + 1
+
+
+def _table_by_type(layers: Mapping[str, BitsAndRank]) -> str:
+    groups: dict[str, list[BitsAndRank]] = {}
+    for name, layer in layers.items():
+        kind = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        groups.setdefault(kind, []).append(layer)
+    rows = [
+        (f"`{kind}`", str(len(group)), _range(layer.bits for layer in group), _range(layer.rank for layer in group))
+        for kind, group in groups.items()
+    ]
+    return markdown_table(("module type", "modules", "bits", "rank"), rows)
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
