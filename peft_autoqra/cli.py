@@ -16,6 +16,7 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
   search     find the weight bits and LoRA rank of every layer within a memory budget
   train      fine-tune with a plan, or with the same bits and rank everywhere
   report     write one HTML page about a search
+  export     write an adapter for vLLM, llama.cpp or transformers without this package
   calibrate  measure beforehand what every bit-width and rank of every layer loses; searches start from it
 
 `autoqra COMMAND --help` lists its flags; they may stand in a YAML recipe too. --dry_run estimates memory and time.
@@ -25,7 +26,7 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
   autoqra train --config search-out/recipe.yaml --plan search-out/plan --output_dir search-out/adapter
   autoqra report search-out
 """
-COMMANDS = ("calibrate", "search", "train", "report")
+COMMANDS = ("calibrate", "search", "train", "report", "export")
 GOES_ON = ("calibrate", "search")
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 

@@ -72,17 +72,18 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
                     module.unmerge()
         unloaded = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
-            quantized = [(name, module) for name, module in unloaded.named_modules() if _is_quantized(module)]
-            for name, module in quantized:
-                replace_layer(unloaded, name, dense_linear(module))
-            quantizer = getattr(unloaded, "hf_quantizer", None)
-            if quantizer is not None and quantizer.quantization_config.quant_method == "autoqra":
-                quantizer.remove_quantization_config(unloaded)  # else it would be saved as a quantized checkpoint
+            dequantize_base(unloaded)
         return unloaded
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, QUANTIZED_LAYERS)
+def dequantize_base(model: nn.Module) -> None:
+    """Put dense layers in the place of the quantized ones of a model without adapters, which makes it ordinary."""
+    quantized = [(name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZED_LAYERS)]
+    for name, module in quantized:
+        replace_layer(model, name, dense_linear(module))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "autoqra":
+        quantizer.remove_quantization_config(model)  # else it would be saved as a quantized checkpoint
 
 
 def start_at_correction(layer: LoraLayer, adapter_name: str, config: AutoQRAConfig, module_name: str) -> None:
