@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from peft_autoqra.errors import ExportError, InvalidPlanError, PlanMismatchError
 from peft_autoqra.export.export_folder import export_folder
-from peft_autoqra.plan import locate_file
+from peft_autoqra.plan import ADAPTER_FILE, locate_file
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import dequantize_base
+from peft_autoqra.tuner.preparation import quantize_base
 
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 def export_merged_model(
@@ -45,8 +46,8 @@ def export_merged_model(
         PlanMismatchError: the base is not the one that the adapter was trained on.
     """
     with export_folder(output_dir, "merged") as folder:
-        model, tokenizer = _load(str(adapter), model_name_or_path, dtype)
-        _save(model.merge_and_unload(), tokenizer, dtype, folder)
+        source = _find(str(adapter), model_name_or_path)
+        _save(_load(source, dtype, _merged), source, dtype, folder)
 
 
 def export_dequantized_base(
@@ -61,32 +62,57 @@ def export_dequantized_base(
     Arguments and errors are those of :func:`export_merged_model`.
     """
     with export_folder(output_dir, "base") as folder:
-        model, tokenizer = _load(str(adapter), model_name_or_path, dtype)
-        base = model.unload()
-        dequantize_base(base)
-        _save(base, tokenizer, dtype, folder)
+        source = _find(str(adapter), model_name_or_path)
+        _save(_load(source, dtype, _dequantized), source, dtype, folder)
 
 
-def _load(
-    adapter: str, model_name_or_path: str | None, dtype: torch.dtype | None
-) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:
-    """The model as it was trained, and its tokenizer where there is one."""
+@dataclass(frozen=True)
+class _Source:
+    """Where everything is.
+
+    Attributes:
+        adapter: folder or hub id.
+        base: folder or hub id.
+        revision: of the base.
+        task_type: of the adapter.
+        tokenizer_files: of the adapter's folder, else of the base's.
+    """
+
+    adapter: str
+    base: str
+    revision: str | None
+    task_type: str | None
+    tokenizer_files: tuple[Path, ...]
+
+
+def _find(adapter: str, model_name_or_path: str | None) -> _Source:
     config = _adapter_config(adapter)
     base, revision = model_name_or_path, None
     if base is None:
         base, revision = config.base_model_name_or_path, config.revision
     if base is None:
         raise ExportError(f"The adapter in {adapter!r} does not name its base model; give model_name_or_path.")
-    tokenizer = _load_tokenizer(adapter, None) or _load_tokenizer(base, revision)
+    files = _tokenizer_files(adapter, None) or _tokenizer_files(base, revision)
+    return _Source(adapter, base, revision, config.task_type, files)
+
+
+def _tokenizer_files(place: str, revision: str | None) -> tuple[Path, ...]:
+    """Copied as they are: a tokenizer loaded and saved again may come out as another class with other files."""
+    found = (locate_file(name, place, revision=revision) for name in _TOKENIZER_FILES)
+    return tuple(path for path in found if path is not None)
+
+
+def _load(
+    source: _Source, dtype: torch.dtype | None, finish: Callable[[PreTrainedModel, str], PreTrainedModel]
+) -> PreTrainedModel:
+    """The base model, with what the adapter makes of it."""
     try:
-        model = _load_base(base, revision, config.task_type, "auto", tokenizer)
-        return PeftModel.from_pretrained(model, adapter), tokenizer
+        return finish(_load_base(source, "auto"), source.adapter)
     except PlanMismatchError:
         if dtype is None:
             raise
     # Trained in another dtype than the checkpoint's: what was quantized are its weights cast to that.
-    model = _load_base(base, revision, config.task_type, dtype, tokenizer)
-    return PeftModel.from_pretrained(model, adapter), tokenizer
+    return finish(_load_base(source, dtype), source.adapter)
 
 
 def _adapter_config(adapter: str) -> AutoQRAConfig:
@@ -104,41 +130,39 @@ def _adapter_config(adapter: str) -> AutoQRAConfig:
     return config
 
 
-def _load_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    if locate_file(_TOKENIZER_CONFIG, place, revision=revision) is None:
-        return None
+def _load_base(source: _Source, dtype: torch.dtype | str) -> PreTrainedModel:
+    auto_class = AutoModelForSeq2SeqLM if source.task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
     try:
-        return AutoTokenizer.from_pretrained(place, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"The tokenizer in {place!r} cannot be loaded: {_first_line(error)}") from error
-
-
-def _load_base(
-    base: str,
-    revision: str | None,
-    task_type: str | None,
-    dtype: torch.dtype | str,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> PreTrainedModel:
-    auto_class = AutoModelForSeq2SeqLM if task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
-    try:
-        model = auto_class.from_pretrained(base, revision=revision, dtype=dtype)
+        return auto_class.from_pretrained(source.base, revision=source.revision, dtype=dtype)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ExportError(f"The base model {base!r} cannot be loaded: {_first_line(error)}") from error
-    if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))  # tokens were added; PEFT's auto classes do the same
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"The base model {source.base!r} cannot be loaded: {reason}") from error
+
+
+def _dequantized(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """Its layers quantized as in training, and made dense again."""
+    quantize_base(model, _adapter_config(adapter))
+    dequantize_base(model)
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """With the adapter; embeddings are resized where it brings larger ones of its own."""
+    path = locate_file(ADAPTER_FILE, adapter)
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    if path is not None:
+        with safe_open(path, framework="pt") as file:
+            saved = {f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"} & {*file.keys()}
+            num_tokens = max((file.get_slice(key).get_shape()[0] for key in saved), default=0)
+        if num_tokens > embeddings.weight.shape[0]:
+            model.resize_token_embeddings(num_tokens)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
-def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None, folder: Path
-) -> None:
+def _save(model: PreTrainedModel, source: _Source, dtype: torch.dtype | None, folder: Path) -> None:
     if dtype is not None:
         model.to(dtype)
     model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    for path in source.tokenizer_files:
+        shutil.copyfile(path, folder / path.name)

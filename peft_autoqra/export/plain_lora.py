@@ -130,14 +130,14 @@ def plain_lora(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *, ra
     config = LoraConfig(
         r=padded_rank,
         lora_alpha=padded_rank,
-        target_modules=list(pairs),
+        target_modules=sorted(pairs),
         task_type=settings.get("task_type"),
         base_model_name_or_path=settings.get("base_model_name_or_path"),
         revision=settings.get("revision"),
         fan_in_fan_out=settings.get("fan_in_fan_out", False),
         inference_mode=True,
     )
-    config.target_modules = list(pairs)  # PEFT makes a set of it, which has another order in every process
+    config.target_modules = sorted(pairs)  # PEFT makes a set of it, which has another order in every process
     return PlainLora(config, plain)
 
 
