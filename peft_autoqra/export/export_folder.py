@@ -29,9 +29,9 @@ def export_folder(output_dir: str | Path, export_format: ExportFormat) -> Iterat
         The folder to write to.
 
     Raises:
-        ExportError: ``output_dir`` holds something that is not an earlier export.
+        ExportError: ``output_dir`` holds something that is not an earlier export, or cannot be replaced.
     """
-    directory = Path(output_dir)
+    directory = Path(output_dir).resolve()
     _check_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
@@ -56,6 +56,8 @@ def _check_replaceable(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise ExportError(f"{directory} is a file; name a folder to write to.")
+    if directory.is_mount():
+        raise ExportError(f"{directory} is a mount point, which cannot be replaced as a whole; name a folder in it.")
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     foreign = sorted(found - _exported_files(directory))
     if foreign:

@@ -148,16 +148,27 @@ def _dequantized(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
 def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """With the adapter; embeddings are resized where it brings larger ones of its own."""
+    num_tokens = _num_saved_embeddings(model, adapter)
+    if num_tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(num_tokens)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def _num_saved_embeddings(model: PreTrainedModel, adapter: str) -> int:
+    """Rows of the embedding that an adapter brings; 0 where it brings none."""
     path = locate_file(ADAPTER_FILE, adapter)
+    if path is None:
+        raise ExportError(f"There is no {ADAPTER_FILE} in {adapter!r}; save the adapter again.")
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
-    if path is not None:
+    try:
         with safe_open(path, framework="pt") as file:
-            saved = {f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"} & {*file.keys()}
-            num_tokens = max((file.get_slice(key).get_shape()[0] for key in saved), default=0)
-        if num_tokens > embeddings.weight.shape[0]:
-            model.resize_token_embeddings(num_tokens)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            keys = {f"base_model.model.{name}{suffix}" for suffix in (".weight", ".base_layer.weight")} & {
+                *file.keys()
+            }
+            return max((file.get_slice(key).get_shape()[0] for key in keys), default=0)
+    except SafetensorError as error:
+        raise ExportError(f"The adapter in {adapter!r} is damaged ({error}); save or download it again.") from error
 
 
 def _save(model: PreTrainedModel, source: _Source, dtype: torch.dtype | None, folder: Path) -> None:

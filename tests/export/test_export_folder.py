@@ -72,6 +72,22 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
     assert files(tmp_path) == {"out/mine"}
 
 
+def test_the_working_directory_and_links_to_folders(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    monkeypatch.chdir(tmp_path / "here")
+    write(Path(), "one")
+    write(tmp_path / "link", "two")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "here" / "one").exists()
+    assert (tmp_path / "linked" / "two").exists()
+
+
+def test_a_mount_point():
+    with pytest.raises(ExportError, match="mount point"):
+        write(Path("/"), "one")
+
+
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(ExportError, match="is a file"):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_autoqra import AutoQRAConfig
 from peft_autoqra.errors import ExportError, PlanMismatchError
 from peft_autoqra.export.merged_model import export_dequantized_base, export_merged_model
+from peft_autoqra.plan import ADAPTER_FILE
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS
 from tests.export.models import Trained, train
 from tests.tiny_data import word_tokenizer
@@ -169,6 +170,17 @@ def test_a_base_that_cannot_be_loaded(tiny_llama, tmp_path, damage):
     (trained.base / name).write_text("nothing")
     with pytest.raises(ExportError, match="cannot be loaded"):
         export_merged_model(trained.adapter, tmp_path / "out")
+
+
+def test_damaged_and_missing_weights_of_the_adapter(tiny_llama, tmp_path):
+    trained = train(tiny_llama(), tmp_path)
+    (trained.adapter / ADAPTER_FILE).write_bytes(b"nothing")
+    with pytest.raises(ExportError, match="damaged"):
+        export_merged_model(trained.adapter, tmp_path / "out")
+    (trained.adapter / ADAPTER_FILE).unlink()
+    with pytest.raises(ExportError, match=f"no {ADAPTER_FILE}"):
+        export_merged_model(trained.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_adapter_of_this_package(tiny_llama, one, tmp_path: Path):
