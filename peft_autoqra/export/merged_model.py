@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -98,8 +100,15 @@ def _find(adapter: str, model_name_or_path: str | None) -> _Source:
 
 def _tokenizer_files(place: str, revision: str | None) -> tuple[Path, ...]:
     """Copied as they are: a tokenizer loaded and saved again may come out as another class with other files."""
-    found = (locate_file(name, place, revision=revision) for name in _TOKENIZER_FILES)
-    return tuple(path for path in found if path is not None)
+    folder = Path(place)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(place, revision=revision, allow_patterns=list(_TOKENIZER_FILES)))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise ExportError(
+                f"{place!r} is neither a folder here nor reachable on the hub: {_first_line(error)}"
+            ) from error
+    return tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
 
 
 def _load(
@@ -135,8 +144,11 @@ def _load_base(source: _Source, dtype: torch.dtype | str) -> PreTrainedModel:
     try:
         return auto_class.from_pretrained(source.base, revision=source.revision, dtype=dtype)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"The base model {source.base!r} cannot be loaded: {reason}") from error
+        raise ExportError(f"The base model {source.base!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _dequantized(model: PreTrainedModel, adapter: str) -> PreTrainedModel:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_autoqra import AutoQRAConfig
 from peft_autoqra.errors import ExportError, PlanMismatchError
+from peft_autoqra.export import merged_model
 from peft_autoqra.export.merged_model import export_dequantized_base, export_merged_model
 from peft_autoqra.plan import ADAPTER_FILE
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS
@@ -93,6 +96,20 @@ def test_the_adapters_tokenizer_goes_before_the_bases(tiny_llama, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "of the adapter"
 
 
+def test_a_base_from_the_hubs_cache(tiny_llama, tmp_path, monkeypatch):
+    """Without a network, as in all tests, and although the cache lacks most files that a tokenizer may have."""
+    trained = train(tiny_llama(), tmp_path)
+    repository = tmp_path / "cache" / "models--someone--tiny"
+    shutil.copytree(trained.base, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    files = merged_model._tokenizer_files("someone/tiny", None)
+    assert [path.name for path in files] == ["tokenizer.json", "tokenizer_config.json"]
+    with pytest.raises(ExportError, match="neither a folder here nor reachable"):
+        merged_model._tokenizer_files("someone/other", None)
+
+
 def test_without_any_tokenizer(tiny_llama, tmp_path):
     trained = train(tiny_llama(), tmp_path)
     for path in trained.base.glob("tokenizer*"):
@@ -149,7 +166,7 @@ def test_another_base(one, tiny_llama, tmp_path):
 def test_a_base_that_has_moved(tiny_llama, tmp_path):
     trained = train(tiny_llama(), tmp_path)
     moved = trained.base.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="base"):
+    with pytest.raises(ExportError, match="/base' is neither a folder here nor reachable"):
         export_merged_model(trained.adapter, tmp_path / "out")
     export_merged_model(trained.adapter, tmp_path / "out", model_name_or_path=str(moved))
     assert (tmp_path / "out" / "model.safetensors").exists()
