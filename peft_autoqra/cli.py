@@ -17,6 +17,7 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
   train      fine-tune with a plan, or with the same bits and rank everywhere
   report     write one HTML page about a search
   push       upload a plan, an adapter or a quantized base to the Hugging Face Hub
+  export     write an adapter for vLLM, llama.cpp or transformers without this package
   calibrate  measure beforehand what every bit-width and rank of every layer loses; searches start from it
 
 `autoqra COMMAND --help` lists its flags; they may stand in a YAML recipe too. --dry_run estimates memory and time.
@@ -27,7 +28,7 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
   autoqra report search-out
   autoqra push search-out/adapter --repo_id me/my-adapter
 """
-COMMANDS = ("calibrate", "search", "train", "report", "push")
+COMMANDS = ("calibrate", "search", "train", "report", "push", "export")
 GOES_ON = ("calibrate", "search")
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 

@@ -31,3 +31,7 @@ class SearchStateError(AutoQRAError, RuntimeError):
 
 class MissingDependencyError(AutoQRAError, RuntimeError):
     """Something outside the package that a feature needs and that is not installed."""
+
+
+class ExportError(AutoQRAError, ValueError):
+    """An adapter or plan that another format cannot hold, or a folder that an export must not replace."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from peft_autoqra import BitRankPlan, cli
 from peft_autoqra.commands import parser, search, searcher_recipe, train
@@ -349,3 +350,53 @@ class TestCalibrate:
         ]
         assert kept[0] < 1.5e3 * said[0]  # headers come on top, shared Grams are kept once
         assert kept[1] < 3e3 * said[1]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("export") / "adapter"
+    assert cli.main(["train", *tiny.flags, "--bits", "3", "--r", "4", "--output_dir", str(directory)]) == 0
+    return directory
+
+
+class TestExport:
+    def test_plain_lora(self, capsys, adapter, tmp_path):
+        out = tmp_path / "out"
+        assert cli.main(["export", str(adapter), "--to", "plain-lora", "--output_dir", str(out), "--rank", "20"]) == 0
+        assert json.loads((out / "adapter_config.json").read_text())["r"] == 20
+        assert capsys.readouterr().out == f"{out}\nrank 20 everywhere; vLLM: --max-lora-rank 32 or more\n"
+
+    @pytest.mark.parametrize("to", ["merged", "base"])
+    def test_checkpoints(self, capsys, adapter, tmp_path, to):
+        out = tmp_path / "out"
+        assert cli.main(["export", str(adapter), "--to", to, "--output_dir", str(out), "--dtype", "bfloat16"]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+        assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+    def test_gguf_again_into_the_same_folder(self, capsys, adapter, tmp_path):
+        argv = ["export", str(adapter), "--to", "gguf", "--output_dir", str(tmp_path / "out")]
+        assert cli.main(argv) == cli.main(argv) == 0
+        text = capsys.readouterr().out
+        assert "14 planned tensors" in text
+        assert "llama-quantize --tensor-type-file tensor_types.txt" in text
+        assert len((tmp_path / "out" / "tensor_types.txt").read_text().splitlines()) == 15
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--to", "onnx"], ["onnx", "plain-lora"]),
+            (["--to", "gguf", "--rank", "8"], ["--rank", "--to gguf"]),
+            (["--to", "plain-lora", "--dtype", "float16"], ["--dtype", "--to plain-lora"]),
+            (["--to", "plain-lora", "--rank", "2"], ["rank=2", "largest rank, 4"]),
+            (["--to", "merged", "--model_name_or_path", "nowhere/nothing"], ["nowhere/nothing"]),
+        ],
+    )
+    def test_mistakes_are_one_line(self, capsys, adapter, tmp_path, flags, words):
+        argv = ["export", str(adapter), *flags, "--output_dir", str(tmp_path / "out")]
+        fails_with_one_line(capsys, argv, *words)
+        assert not list(tmp_path.iterdir())
+
+    def test_other_folders_are_left_alone(self, capsys, adapter):
+        argv = ["export", str(adapter), "--to", "merged", "--output_dir", str(adapter)]
+        fails_with_one_line(capsys, argv, "no earlier export wrote")
+        assert (adapter / "adapter_model.safetensors").exists()

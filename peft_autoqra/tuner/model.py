@@ -47,7 +47,7 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if any(map(_is_quantized, model.modules())):
+        if any(isinstance(module, QUANTIZED_LAYERS) for module in model.modules()):
             check_leaves_weights(peft_config)
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, AutoQRAConfig):
@@ -117,20 +117,21 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         """A merged model is dequantized as a whole and reloads anywhere; one without adapters stays quantized."""
         unloaded: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
-            quantized = [(name, module) for name, module in unloaded.named_modules() if _is_quantized(module)]
-            for name, module in quantized:
-                replace_layer(unloaded, name, dense_layer(module))
-            quantizer = getattr(unloaded, "hf_quantizer", None)
-            if quantizer is not None and quantizer.quantization_config.quant_method == "autoqra":
-                quantizer.remove_quantization_config(unloaded)  # else it would be saved as a quantized checkpoint
+            dequantize_base(unloaded)
         elif QuantLoRAModel.note_base is not None:
             plans = (config.plan for config in self.peft_config.values() if isinstance(config, AutoQRAConfig))
             QuantLoRAModel.note_base(unloaded, next(plans, None))
         return unloaded
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, QUANTIZED_LAYERS)
+def dequantize_base(model: nn.Module) -> None:
+    """Put dense layers in the place of the quantized ones of a model without adapters, which makes it ordinary."""
+    quantized = [(name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZED_LAYERS)]
+    for name, module in quantized:
+        replace_layer(model, name, dense_layer(module))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "autoqra":
+        quantizer.remove_quantization_config(model)  # else it would be saved as a quantized checkpoint
 
 
 def start_at_correction(layer: LoraLayer, adapter_name: str, config: AutoQRAConfig, module_name: str) -> None:

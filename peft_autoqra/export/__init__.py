@@ -1,0 +1,1 @@
+"""What was trained, in formats that tools without this package read."""
