@@ -136,7 +136,8 @@ class _Sheet:
             self.dots.append((x, y, max(largest_radius * math.sqrt(rank / max_rank), 0.018)))
 
     def write(self, x: float, y: float, text: str, **properties: Any) -> None:
-        self.texts.append((x, y, text, properties))
+        drawable = text.encode("latin-1", "backslashreplace").decode("latin-1")  # the font knows few others
+        self.texts.append((x, y, drawable, properties))
 
     def to_png(self, width: float, height: float) -> bytes:
         """Draw with matplotlib's objects alone: pyplot would hold the figure and choose a window system.

@@ -88,6 +88,7 @@ def test_the_area_of_a_dot_grows_with_the_rank():
         [f"layers.{i}.experts.{e}.w" for i in range(3) for e in range(20)],
         [f"layers.{i}.q" for i in range(120)],
         ["a"],
+        ["層.0.重み", "층.1.무게"],  # escaped: the font has no such letters
     ],
 )
 def test_names_and_sizes_of_all_kinds(names):
