@@ -209,6 +209,11 @@ def _find_linear_modules(model: nn.Module, module_names: Sequence[str]) -> dict[
 def _input_device(model: PreTrainedModel) -> torch.device:
     """Where batches go; an offloaded embedding lies on the meta device and runs elsewhere."""
     embeddings = model.get_input_embeddings()
+    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+        raise CalibrationError(
+            f"A {type(model).__name__} has no token embeddings; calibration is for causal language models. Others are "
+            "quantized without it (AutoQRAConfig(bits=...), or a plan by hand)."
+        )
     hook = getattr(embeddings, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
 

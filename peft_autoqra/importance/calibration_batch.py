@@ -88,7 +88,8 @@ def _check(batch: Mapping[str, Any]) -> None:
     for key in ("labels", "attention_mask"):
         if key in batch and batch[key].shape != ids.shape:
             raise CalibrationError(
-                f"{key} has shape {tuple(batch[key].shape)}, input_ids {tuple(ids.shape)}; they must be equal."
+                f"{key} has shape {tuple(batch[key].shape)}, input_ids {tuple(ids.shape)}; they must be equal. "
+                "Calibration is for causal language models, whose labels are the tokens."
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
 from peft_autoqra.tuner.model import start_at_correction
@@ -23,6 +24,7 @@ def add_dense_adapter(model: nn.Module, config: AutoQRAConfig) -> PeftModel:
     compensate = values["init_lora_weights"] == COMPENSATE
     if compensate:
         values["init_lora_weights"] = True
+    values["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())  # PEFT would warn
     peft_model = get_peft_model(model, LoraConfig(**values))
     if compensate:
         for name, module in peft_model.get_base_model().named_modules():

@@ -13,8 +13,16 @@ from peft.utils.hotswap import hotswap_adapter
 from peft.utils.warning import PeftWarning
 from torch import nn
 
-from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BitRankPlan, LayerPlan, MemoryModel
-from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra import (
+    AutoQRAConfig,
+    AutoQRAQuantConfig,
+    BitRankPlan,
+    LayerPlan,
+    MemoryModel,
+    calibrate_plan,
+    uniform_plan,
+)
+from peft_autoqra.errors import CalibrationError, InvalidPlanError, PlanMismatchError
 from peft_autoqra.memory_measurement import measure_memory
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS
 from peft_autoqra.quant.int8 import Int8Linear
@@ -98,6 +106,29 @@ def bitsandbytes_layers(case: ModelCase, _: Path) -> None:
         model = trained(case, bits=bits, quant_backend="bitsandbytes")
         assert all(isinstance(layer.get_base_layer(), kind) for layer in adapter_layers(model).values())
         assert_close(outputs(case, model), outputs(case, dense_reference(case, model)))
+
+
+NO_CALIBRATION = {
+    name: Refusal(error=CalibrationError, match=match, reason="Calibration and search are for causal language models.")
+    for name, match in (
+        ("T5", r"labels has shape \(2, 5\).* for causal language models"),
+        ("Llama classifier", r"labels has shape \(2,\).* for causal language models"),
+        ("ViT", "no token embeddings; calibration is for causal language models"),
+    )
+}
+
+
+@feature("`calibrate_plan`: adapters start at the correction, closer to 16 bits", refused=NO_CALIBRATION)
+def calibrated(case: ModelCase, _: Path) -> None:
+    base = case.make()
+    plan = uniform_plan(base, bits=3, rank=4, target_modules=case.target_modules)
+    expected, before = outputs(case, base), snapshot(base)
+    try:
+        better = calibrate_plan(plan, base, [case.batch()])
+    finally:
+        assert_unchanged(base, before)
+    errors = [(outputs(case, adapt(case, plan=found)) - expected).norm() for found in (plan, better)]
+    assert errors[1] < 0.8 * errors[0]
 
 
 @feature("several adapters of different ranks: add, set, delete")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_autoqra import AutoQRAConfig, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.evaluation.resident_model import ResidentModel
@@ -117,3 +118,25 @@ def test_what_was_loaded_before_leaves_no_trace(resident, bank, tiny_llama):
         ResidentModel(fresh, linear_targets(fresh), bank).load(plans[index], with_corrections=with_corrections)
         for name, weight in weights(fresh).items():
             assert torch.equal(resident.model.get_submodule(name).weight, weight), (index, with_corrections, name)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_transposed_layers_of_gpt2():
+    def make():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=32, n_embd=32, n_layer=1, n_head=2)).eval()
+
+    model = make()
+    names = list(linear_targets(model))
+    settings = BankSettings(
+        module_names=tuple(names), bit_choices=BITS[:-1], quantizer=QUANTIZER, fit=FitSettings(max_rank=4)
+    )
+    tokens = torch.arange(24).view(2, 12)
+    bank = build_calibration_bank(model, [{"input_ids": tokens}], settings)
+    plan, expected = mixed_plan(bank, names), model(tokens).logits
+    quantized = get_peft_model(make(), AutoQRAConfig(plan=plan, lora_alpha=8, task_type="CAUSAL_LM")).eval()
+    resident = ResidentModel(model, linear_targets(model), bank)
+    resident.load(plan, with_corrections=True)
+    torch.testing.assert_close(model(tokens).logits, quantized(tokens).logits, atol=1e-4, rtol=1e-4)
+    resident.restore()
+    assert torch.equal(model(tokens).logits, expected)
