@@ -11,6 +11,7 @@ from peft_autoqra.folder_card import complete_model_card
 from peft_autoqra.memory import MemoryModel
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
+from peft_autoqra.pushed_card import register as register_cards
 from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.search_space import SearchSpace
 from peft_autoqra.streaming.hf_quantizer import register as register_with_transformers
@@ -61,3 +62,4 @@ def __getattr__(name: str) -> Any:
 
 register()
 register_with_transformers()
+register_cards()

@@ -30,19 +30,34 @@ def complete_model_card(directory: str | Path) -> None:
         InvalidPlanError: the folder holds none of them, or a damaged one.
     """
     folder = Path(directory)
-    if (folder / CONFIG_NAME).is_file():
-        config = PeftConfig.from_pretrained(str(folder))
-        if isinstance(config, AutoQRAConfig):
-            if not has_section(folder):
-                config.plan = BitRankPlan.from_pretrained(folder)
-                config.card().write(folder)
-            return
-    base = base_files(folder)
-    if base:
-        weights = [name for name in base if name.endswith(".safetensors")]
-        QuantizedBaseCard.from_folder(folder, weights).write(folder)
-    elif not (folder / PLAN_FILE).is_file():
+    if has_section(folder) and _adapter_config(folder) is not None:  # with what a fine-tune measured
+        return
+    if not write_model_card(folder) and not (folder / PLAN_FILE).is_file():
         raise InvalidPlanError(
             f"{str(folder)!r} holds no adapter, quantized base or plan of AutoQRA; give the folder that "
             "save_pretrained wrote."
         )
+
+
+def write_model_card(folder: Path) -> bool:
+    """Write our part of the card of an adapter or quantized base; returns whether the folder holds one.
+
+    Raises:
+        InvalidPlanError: it holds a damaged one.
+    """
+    config = _adapter_config(folder)
+    if config is not None:
+        config.plan = BitRankPlan.from_pretrained(folder)
+        config.card().write(folder)
+        return True
+    weights = [name for name in base_files(folder) if name.endswith(".safetensors")]
+    if weights:
+        QuantizedBaseCard.from_folder(folder, weights).write(folder)
+    return bool(weights)
+
+
+def _adapter_config(folder: Path) -> AutoQRAConfig | None:
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    config = PeftConfig.from_pretrained(str(folder))
+    return config if isinstance(config, AutoQRAConfig) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BitRankPlan
 from peft_autoqra.errors import HubError
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE
 from peft_autoqra.plan_file import ADAPTER_FILE
+from peft_autoqra.plan_picture import PICTURE_FILE
 from tests.conftest import TinyLlamaFactory
 from tests.hub.conftest import ME, Hub
 from tests.streaming.bases import assert_same_codes
@@ -69,6 +70,34 @@ def test_an_adapter_comes_back(hub: Hub, adapted: PeftModel, way: str) -> None:
     assert (ADAPTER_CALIBRATION_FILE in files) == (adapted.peft_config["default"].calibration is not None)
     again = WAYS[way]("me/adapter")
     assert torch.equal(logits(again), logits(adapted))
+
+
+def test_the_card_of_a_pushed_adapter_is_ours_and_kept_up(hub: Hub, adapted: PeftModel) -> None:
+    """transformers writes its own, or takes the one that is there."""
+    for _ in range(2):
+        adapted.push_to_hub("me/adapter")
+        files = hub.server.repository("me/adapter").files()
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.library_name == "peft"
+        assert "autoqra" in card.data.tags
+        assert card.text.count("import peft_autoqra") == 1
+        assert files[PICTURE_FILE].startswith(b"\x89PNG")
+
+
+def test_the_card_of_a_pushed_base_is_ours(hub: Hub, base: str) -> None:
+    dense_base(quantization_config=AutoQRAQuantConfig(bits=3)).push_to_hub("me/quantized")
+    files = hub.server.repository("me/quantized").files()
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("transformers", "me/base")
+    assert "import peft_autoqra" in card.text
+    assert files[PICTURE_FILE].startswith(b"\x89PNG")
+
+
+def test_the_card_of_another_model_is_none_of_ours(hub: Hub, base: str) -> None:
+    dense_base().push_to_hub("me/other")
+    files = hub.server.repository("me/other").files()
+    assert b"autoqra" not in files["README.md"]
+    assert PICTURE_FILE not in files
 
 
 @pytest.mark.parametrize("way", WAYS)
