@@ -197,8 +197,6 @@ class FineTune:
             trainer.update_model_card()
             text = json.dumps(result.to_dict(), indent=2)
             Path(args.output_dir, RESULT_FILE).write_text(text, encoding="utf-8")
-        if args.push_to_hub:
-            trainer.push_to_hub()
         return result
 
     @property

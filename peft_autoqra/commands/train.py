@@ -10,6 +10,8 @@ from trl import SFTConfig
 
 from peft_autoqra.commands.parser import RecipeParser
 from peft_autoqra.commands.tables import memory_table
+from peft_autoqra.hub import prepare_folder, push_folder
+from peft_autoqra.hub_repository import PushTarget, opened
 from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments
 from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
 from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult
@@ -32,9 +34,13 @@ def run(argv: Sequence[str]) -> int:
     )
     recipe = parser.parse(argv)
     model_args, data_args, adapter_args, args, options = recipe.settings
+    target = _push_target(args)
     if options.dry_run:
         args.output_dir = tempfile.gettempdir()  # the trainer makes its output directory
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # fails now rather than after quantization
+    if target is not None and not options.dry_run and args.process_index == 0:
+        with opened(target):  # fails now rather than after training
+            pass
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
     finetune = FineTune(
         FineTuneInputs(
@@ -49,7 +55,22 @@ def run(argv: Sequence[str]) -> int:
     text = estimate_text(finetune, finetune.estimate()) if options.dry_run else result_text(finetune, finetune.run())
     if finetune.is_main_process:
         print(text)  # noqa: T201
+        if target is not None and not options.dry_run:
+            print(f"pushed   {push_folder(prepare_folder(args.output_dir), target).commit_url}")  # noqa: T201
     return 0
+
+
+def _push_target(args: SFTConfig) -> PushTarget | None:
+    """Take over what ``--push_to_hub`` asks for.
+
+    The trainer would upload every file of its directory, its pickled arguments with the token among them.
+    """
+    wanted, token = args.push_to_hub, args.hub_token
+    args.push_to_hub, args.hub_token = False, None
+    if not wanted:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    return PushTarget(repo_id=name, revision=args.hub_revision, private=args.hub_private_repo, token=token)
 
 
 def estimate_text(finetune: FineTune, estimate: FineTuneEstimate) -> str:

@@ -26,7 +26,10 @@ class _DecodedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, decoder: Decoder, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.decoder = decoder
-        return torch.nn.functional.linear(x, decoder.decode(tensors, x.dtype, temporary=True), bias)
+        product = torch.nn.functional.linear(x, decoder.decode(tensors, x.dtype, temporary=True), bias)
+        # A bias makes it a view, and autograd refuses that the view which a function returns is changed in place.
+        output: Tensor = torch.ops.aten._unsafe_view(product, product.shape)
+        return output
 
     @staticmethod
     @once_differentiable

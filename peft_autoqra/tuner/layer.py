@@ -30,7 +30,13 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
             config = copy.copy(config)
             config.fan_in_fan_out = not config.fan_in_fan_out
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        self._unmerged_layer: list[nn.Module] = []  # in a list, so that it is no submodule while merged
+        self._unmerged_layer: list[Any] = []  # in a list, so that it is no submodule while merged
+        self._merged_from_dtype: torch.dtype | None = None
+
+    @property
+    def unmerged_layer(self) -> Any:
+        """The base layer, or what it was before merging."""
+        return self._unmerged_layer[0] if self._unmerged_layer else self.base_layer
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         """Sizes of the base layer, whose class PEFT does not know."""
@@ -49,6 +55,7 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
             self._unmerged_layer = [base]
             quantized = isinstance(base, QUANTIZED_LAYERS)
             self.base_layer = as_linear(dense_layer(base)) if quantized else copy.deepcopy(base)
+            self._merged_from_dtype = self.base_layer.weight.dtype
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         finally:
@@ -64,9 +71,11 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
         self._restore()
 
     def _restore(self) -> None:
+        """With what ``model.to(...)`` did to the merged layer meanwhile."""
         if self._unmerged_layer:
-            device = next(self.base_layer.parameters()).device
-            self.base_layer = self._unmerged_layer.pop().to(device)
+            merged = self.base_layer.weight
+            restored = self._unmerged_layer.pop().to(merged.device)
+            self.base_layer = restored if merged.dtype == self._merged_from_dtype else restored.to(merged.dtype)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -77,11 +86,11 @@ class QuantLoRALinear(LoraLinear):  # type: ignore[misc]
                 self.unmerge()
             return self.base_layer
         self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        unmerged = self._unmerged_layer[0] if self._unmerged_layer else None
-        if not isinstance(unmerged, QUANTIZED_LAYERS):
+        if not isinstance(self.unmerged_layer, QUANTIZED_LAYERS):
             return self.base_layer
         merged = self.base_layer
-        return make_dense_layer(unmerged.dense_class, merged.weight, merged.bias).train(self.training)
+        dense: nn.Module = make_dense_layer(self.unmerged_layer.dense_class, merged.weight, merged.bias)
+        return dense.train(self.training)
 
     def __repr__(self) -> str:
         """PEFT's convention: ``lora.`` and the class."""

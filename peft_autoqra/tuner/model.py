@@ -18,7 +18,7 @@ from peft_autoqra.target_modules import check_no_fused_experts
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights, exact_pattern
 from peft_autoqra.tuner.layer import QuantLoRALinear
 from peft_autoqra.tuner.preparation import quantize_base, replace_layer
-from peft_autoqra.tuner.targets import include_all_linear_layers
+from peft_autoqra.tuner.targets import base_layers, check_not_saved_whole, include_all_linear_layers
 
 
 class QuantLoRAModel(LoraModel):  # type: ignore[misc]
@@ -55,6 +55,9 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             peft_config.plan = quantize_base(model, peft_config, earlier)
             peft_config.base_fingerprint = peft_config.plan.base_model.fingerprint
         else:
+            layers = base_layers(model)
+            quantized = [name for name, layer in layers.items() if isinstance(layer, QUANTIZED_LAYERS)]
+            check_not_saved_whole(quantized, peft_config)
             include_all_linear_layers(peft_config, model)
 
     def add_weighted_adapter(
@@ -98,13 +101,20 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
         parent: nn.Module,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(lora_config, AutoQRAConfig) or lora_config.init_lora_weights != COMPENSATE:
+        if not isinstance(lora_config, AutoQRAConfig):
             super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
             return
-        plain = copy.copy(lora_config)
-        plain.init_lora_weights = True
-        super()._create_and_replace(plain, adapter_name, target, target_name, parent, **kwargs)
-        start_at_correction(getattr(parent, target_name), adapter_name, lora_config, kwargs["current_key"])
+        name, compensates = kwargs["current_key"], lora_config.init_lora_weights == COMPENSATE
+        own = copy.copy(lora_config)
+        own.init_lora_weights = True if compensates else lora_config.init_lora_weights
+        exact = exact_pattern(name)
+        if exact in lora_config.bits_pattern:  # PEFT would try the patterns of all modules on each
+            ranks, alphas = lora_config.rank_pattern, lora_config.alpha_pattern
+            own.rank_pattern = {exact: ranks[exact]} if exact in ranks else {}
+            own.alpha_pattern = {exact: alphas[exact]} if exact in alphas else alphas
+        super()._create_and_replace(own, adapter_name, target, target_name, parent, **kwargs)
+        if compensates:
+            start_at_correction(getattr(parent, target_name), adapter_name, lora_config, name)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import MixedModel
 from peft.utils import PeftType, hotswap
 from peft.utils.other import get_pattern_key
+from torch import Tensor
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.hub_files import locate_file
+from peft_autoqra.plan import LayerPlan
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.quant.decoded_linear import DecodedLinear
-from peft_autoqra.tuner.config import AutoQRAConfig
+from peft_autoqra.tuner.config import AutoQRAConfig, exact_pattern
 from peft_autoqra.tuner.model import QuantLoRAModel
 from peft_autoqra.tuner.saved_config import read_saved_config
 
@@ -98,7 +102,10 @@ def _refusing(original: Any) -> Any:
 
 
 def _with_scalings(original: Any) -> Any:
-    """PEFT 0.21 matches patterns with names of tensors here, so that none ever does and all scalings are equal."""
+    """PEFT 0.21 matches patterns with names of tensors here, so that none ever does and all scalings are equal.
+
+    It leaves the configuration of the adapter that was there before, too, with which the new one would be saved.
+    """
 
     @wraps(original)
     def hotswap_adapter_from_state_dict(
@@ -107,18 +114,37 @@ def _with_scalings(original: Any) -> Any:
         original(model, state_dict, adapter_name, config, *args, **kwargs)
         if not isinstance(config, AutoQRAConfig):
             return
+        own = model.peft_config[adapter_name]
+        if isinstance(own, AutoQRAConfig):
+            for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
+                setattr(own, field, copy.copy(getattr(config, field)))
+        layers = dict(own.plan) if isinstance(own, AutoQRAConfig) and own.plan is not None else {}
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and adapter_name in module.scaling:
                 name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
-                hotswap._update_scaling(module, adapter_name, _scaling(config, name))
+                rank = _entry(config.rank_pattern, name, config.r)
+                alpha = _entry(config.alpha_pattern, name, config.lora_alpha)
+                hotswap._update_scaling(module, adapter_name, alpha / (rank**0.5 if config.use_rslora else rank))
+                _drop_padding(module, adapter_name, rank)
+                if name in layers:
+                    layers[name] = LayerPlan(layers[name].bits, rank)
+        if layers:
+            own.plan = own.plan.replace(layers=layers)
 
     return hotswap_adapter_from_state_dict
 
 
-def _scaling(config: AutoQRAConfig, module_name: str) -> float:
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module_name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module_name), config.lora_alpha)
-    return float(alpha / (rank**0.5 if config.use_rslora else rank))
+def _entry(pattern: Mapping[str, Any], module_name: str, default: Any) -> Any:
+    exact = exact_pattern(module_name)  # a plan has one for each module: no need to try them all
+    return pattern[exact] if exact in pattern else pattern.get(get_pattern_key(pattern, module_name), default)
+
+
+def _drop_padding(layer: LoraLayer, adapter_name: str, rank: int) -> None:
+    """PEFT fills a smaller adapter up with zeros, which could not be read again; a compiled model keeps its shapes."""
+    weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    if weight_a.shape[0] > rank and not isinstance(layer.scaling[adapter_name], Tensor):
+        weight_a.data, weight_b.data = weight_a.data[:rank].clone(), weight_b.data[:, :rank].clone()
+        layer.r[adapter_name] = rank
 
 
 def _locate_calibration(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path:

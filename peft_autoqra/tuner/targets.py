@@ -26,6 +26,7 @@ from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backe
 from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.target_modules import check_no_fused_experts, check_untied
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, exact_pattern
+from peft_autoqra.tuner.layer import QuantLoRALinear
 
 _ADAPTABLE = (*DENSE_LAYERS, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -69,8 +70,9 @@ def resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
     for target in targets:
         _check_target(target, config)
     check_untied(model, {target.name: target.layer for target in to_quantize(targets)})
-    _check_parameters(targets, config)
+    _check_parameters(model, targets, config)
     _check_weights_that_are_read(model, targets, config)
+    check_not_saved_whole([target.name for target in targets if target.wanted.bits != DENSE_BITS], config)
     return targets
 
 
@@ -95,7 +97,7 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, BaseTunerLayer):
             inside += (f"{name}.",)
-            module = module.get_base_layer()
+            module = module.unmerged_layer if isinstance(module, QuantLoRALinear) else module.get_base_layer()
         layers[name] = module
     return layers
 
@@ -203,6 +205,8 @@ def _check_target(target: Target, config: AutoQRAConfig) -> None:
             )
     elif not is_dense_layer(layer):
         if wanted.bits == DENSE_BITS and isinstance(layer, _ADAPTABLE):
+            weight = layer.weight
+            _check_rank(name, (weight.shape[0], weight[0].numel()), wanted.rank)
             return
         raise InvalidPlanError(
             f"{name!r} is a {type(layer).__name__}; only nn.Linear and Conv1D can be quantized, and only linear, "
@@ -232,15 +236,24 @@ def check_shape_and_rank(name: str, shape: tuple[int, int], wanted: LayerPlan, p
             f"The plan was made for a weight of shape {plan.shapes[name]} at {name!r}, the model has {shape}; use the "
             f"base model that the plan names ({plan.base_model.name_or_path})."
         )
-    if wanted.rank > min(shape):
+    _check_rank(name, shape, wanted.rank)
+
+
+def _check_rank(name: str, shape: tuple[int, int], rank: int) -> None:
+    if rank > min(shape):
         raise InvalidPlanError(
-            f"rank {wanted.rank} of {name!r} is above the smaller side of its weight {shape}; use at most "
-            f"{min(shape)}."
+            f"rank {rank} of {name!r} is above the smaller side of its weight {shape}; use at most {min(shape)}."
         )
 
 
-def _check_parameters(targets: list[Target], config: AutoQRAConfig) -> None:
-    """A quantized layer has no weight left that PEFT could adapt as a parameter."""
+def _check_parameters(model: nn.Module, targets: list[Target], config: AutoQRAConfig) -> None:
+    """Of ``target_parameters``: a quantized layer has no weight left that PEFT could adapt as a parameter."""
+    layers = base_layers(model)
+    for name in _targeted_parameters(layers, config):
+        module_name, _, own_name = name.rpartition(".")
+        key = get_pattern_key(config.rank_pattern, name)
+        shape = getattr(layers[module_name], own_name).shape
+        _check_rank(name, (shape[-2] if len(shape) > 1 else 1, shape[-1]), config.rank_pattern.get(key, config.r))
     quantized = [target.name for target in targets if target.wanted.bits != DENSE_BITS]
     for key in config.target_parameters or ():
         if _is_suffix_of_any(key, (f"{name}.weight" for name in quantized)):
@@ -248,6 +261,26 @@ def _check_parameters(targets: list[Target], config: AutoQRAConfig) -> None:
                 f"target_parameters names {key!r}, the weight of a layer that is quantized; name the layer in "
                 "target_modules, or keep it at 16 bits."
             )
+
+
+def check_not_saved_whole(quantized_names: Iterable[str], config: LoraConfig) -> None:
+    """A module that is trained as a whole cannot hold quantized weights.
+
+    Args:
+        quantized_names: of the layers that are quantized, or will be.
+        config: of the adapter.
+
+    Raises:
+        InvalidPlanError: such a layer is, or lies in, one of ``modules_to_save``.
+    """
+    for name in quantized_names:
+        parents = [name[:end] for end in range(1, len(name) + 1) if name[end : end + 1] in (".", "")]
+        for key in config.modules_to_save or ():
+            if _is_suffix_of_any(key, parents):
+                raise InvalidPlanError(
+                    f"modules_to_save names {key!r}, to be trained as a whole, and {name!r} is quantized. Keep that "
+                    "layer at 16 bits (in the plan or bits_pattern), or leave it out of modules_to_save."
+                )
 
 
 def _check_weights_that_are_read(model: nn.Module, targets: list[Target], config: AutoQRAConfig) -> None:

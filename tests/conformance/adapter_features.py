@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.warning import PeftWarning
 from torch import nn
@@ -258,6 +259,26 @@ def merge(case: ModelCase, _: Path) -> None:
     assert_unchanged(model, tensors)
 
 
+@feature("other adapters and dtypes while one is merged")
+def while_merged(case: ModelCase, tmp_path: Path) -> None:
+    warnings.filterwarnings("ignore", "Adapter cannot be set when the model is merged", UserWarning)  # PEFT unmerges
+    plan = planned(case, case.make())
+    model = trained(case, plan=plan)
+    model.save_pretrained(tmp_path)
+    expected = outputs(case, model)
+    model.merge_adapter()
+    other = AutoQRAConfig(plan=dict.fromkeys(plan, LayerPlan(16, 2)), task_type=case.task_type)
+    with pytest.raises(InvalidPlanError, match="is quantized to"):
+        model.add_adapter("other", other)
+    model.load_adapter(tmp_path, "second")
+    model.set_adapter("second")
+    assert torch.equal(outputs(case, model), expected)
+    model.merge_adapter()
+    model.to(torch.float64).to(torch.float32)
+    model.unmerge_adapter()
+    assert_close(outputs(case, model), expected)
+
+
 @feature("`merge_and_unload` to an ordinary model that saves and reloads")
 def merge_and_unload(case: ModelCase, tmp_path: Path) -> None:
     model = trained(case, plan=planned(case, case.make()))
@@ -295,6 +316,22 @@ def modules_to_save(case: ModelCase, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(case.make(), tmp_path)
     assert torch.equal(outputs(case, again), outputs(case, model))
+
+
+@feature("`modules_to_save` naming what is quantized", refused=Refusal(
+    error=InvalidPlanError,
+    match=r"modules_to_save names '[\w.]+', to be trained as a whole, and '[\w.]+' is quantized",
+    reason="Quantized weights cannot be trained; keep the layer at 16 bits.",
+))  # fmt: skip
+def modules_to_save_quantized(case: ModelCase, _: Path) -> None:
+    plan = planned(case, case.make())
+    name = next(name for name, layer in plan.items() if layer.bits < 16)
+    model = adapt(case, plan=plan)
+    before = snapshot(model)
+    with pytest.raises(InvalidPlanError, match="is quantized"):
+        model.add_adapter("plain", LoraConfig(r=2, target_modules=list(adapter_layers(model)), modules_to_save=[name]))
+    assert_unchanged(model, before)
+    adapt(case, plan=plan, modules_to_save=[name.rpartition(".")[0]])
 
 
 @feature("rsLoRA on and off")
@@ -400,6 +437,8 @@ def rewriting_initializations(case: ModelCase, _: Path) -> None:
     for init in ("pissa", "olora", "loftq", "corda", "lora_ga", "mica"):
         with pytest.raises(InvalidPlanError, match="rewrites or needs"):
             adapt(case, init_lora_weights=init)
+    with pytest.raises(InvalidPlanError, match="kasa_config truncates the base weights"):
+        adapt(case, kasa_config=KasaConfig())
     model = adapt(case)
     before = snapshot(model)
     targets = list(adapter_layers(model))
@@ -422,16 +461,22 @@ def low_cpu_mem_usage(case: ModelCase, tmp_path: Path) -> None:
     error=KeyError, match=r"score\.weight", reason="PEFT does not swap the head in `modules_to_save`.",
 )})  # fmt: skip
 def hotswap(case: ModelCase, tmp_path: Path) -> None:
-    expected = []
-    for seed in (0, 1):
-        model = adapt(case, plan=planned(case, case.make()))
+    """There and back between adapters of other ranks and another alpha, saved and reloaded after each swap."""
+    plan = planned(case, case.make())
+    narrow = plan.replace(layers={n: LayerPlan(layer.bits, min(layer.rank, 2)) for n, layer in plan.items()})
+    expected = {}
+    for seed, (name, own, alpha) in enumerate((("wide", plan, 8), ("narrow", narrow, 5))):
+        model = adapt(case, plan=own, lora_alpha=alpha)
         randomize_adapters(model, seed)
-        model.save_pretrained(tmp_path / str(seed))
-        expected.append(outputs(case, model))
-    model = PeftModel.from_pretrained(case.make(), tmp_path / "0")
-    assert torch.equal(outputs(case, model), expected[0])
-    hotswap_adapter(model, tmp_path / "1", adapter_name="default", torch_device="cpu")
-    assert torch.equal(outputs(case, model), expected[1])
+        model.save_pretrained(tmp_path / name)
+        expected[name] = outputs(case, model)
+    model = PeftModel.from_pretrained(case.make(), tmp_path / "wide")
+    for name in ("narrow", "wide"):
+        hotswap_adapter(model, tmp_path / name, adapter_name="default", torch_device="cpu")
+        assert torch.equal(outputs(case, model), expected[name])
+        model.save_pretrained(tmp_path / "again")
+        again = PeftModel.from_pretrained(case.make(), tmp_path / "again")
+        assert torch.equal(outputs(case, again), expected[name])
 
 
 @feature("`hotswap_adapter` to one of another base", refused=Refusal(

@@ -16,8 +16,9 @@ _INTRODUCTION = """\
 Made from the results of `tests/conformance`, which runs every row on a tiny random model of every column with the real
 libraries; `make test ARGS=--write-conformance` writes it again, and a run whose results differ from this page fails.
 
-✓ works, checked by the suite. *refused* stops with an error that gives the reason, before the model is touched; the
-suite checks error and model. · means nothing there. Numbers point to the reasons below each table.
+✓ works, checked by the suite. *refused* stops with an error that gives the reason; where the refusal is this package's
+own, the suite checks that it comes before the model is touched. · means nothing there. Numbers point to the reasons
+below each table.
 """
 
 
@@ -70,7 +71,7 @@ class ConformanceTable:
 
 
 def render(cells: dict[tuple[str, str], dict[str, tuple[str, str]]]) -> str:
-    """The page; rows and columns in alphabetical order of nothing but their definition.
+    """The page; rows and columns in the order of their definition.
 
     Args:
         cells: (group, feature) to model to (outcome, reason).

@@ -278,6 +278,7 @@ _NAME = r"([\w.-]+/[\w.-]+)"
 _API = rf"/api/models/{_NAME}"
 _ROUTES: list[tuple[str, Callable[..., tuple[int, dict[str, str], bytes]]]] = [
     (r"GET /api/agent-harnesses", lambda _: _json({"standardEnvVars": [], "harnesses": {}})),
+    (r"HEAD /api/telemetry/.*", lambda _: _json({})),
     (r"GET /api/whoami-v2", HubProtocol._whoami),
     (r"POST /api/repos/create", HubProtocol._create),
     (r"POST /api/validate-yaml", HubProtocol._validate_yaml),

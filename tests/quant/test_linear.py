@@ -173,3 +173,16 @@ def test_dense_layer_takes_over_bias_and_mode() -> None:
 
 def test_repr_says_how_it_is_quantized() -> None:
     assert "bits=3, group_size=16" in repr(make_layer(3))
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_output_may_be_changed_in_place(bits: int) -> None:
+    """As ReLU(inplace=True) behind it does; with a bias and more than two dimensions the product is a view."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 16)
+    layer = NativeBackend(QuantizerSettings()).quantize(linear, bits, None, "name")
+    x = torch.randn(3, 5, 32, requires_grad=True)
+    layer(x).relu_().sum().backward()
+    reference = x.detach().clone().requires_grad_()
+    torch.nn.functional.linear(reference, layer.dequantize(), layer.bias).relu().sum().backward()
+    torch.testing.assert_close(x.grad, reference.grad)
