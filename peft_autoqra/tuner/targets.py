@@ -287,6 +287,12 @@ def _check_weights_that_are_read(model: nn.Module, targets: list[Target], config
     """T5 and its kin, which keep ``wo`` in float32, cast its inputs to the dtype of its weight: bytes in NF4."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for target in targets:
+        parent = target.name.rpartition(".")[0]
+        if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer):
+            raise InvalidPlanError(
+                f"{target.name!r} cannot be quantized or adapted: in evaluation torch's TransformerEncoderLayer reads "
+                "the weights itself and passes its layers by, adapters included. Leave the module out."
+            )
         nf4 = config.quant_backend == "bitsandbytes" and target.wanted.bits == NF4Linear.bits
         if nf4 and kept.intersection(target.name.split(".")):
             raise InvalidPlanError(

@@ -365,6 +365,14 @@ def test_a_subclass_of_linear_is_refused_by_name() -> None:
     assert_unchanged(model, before)
 
 
+def test_layers_that_torch_passes_by_are_refused() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64))
+    before = snapshot(model)
+    with pytest.raises(InvalidPlanError, match=r"'0.linear1' cannot be .*TransformerEncoderLayer reads the weights"):
+        get_peft_model(model, AutoQRAConfig(bits=4, r=4, target_modules=["linear1", "linear2"]))
+    assert_unchanged(model, before)
+
+
 def test_a_plan_for_other_weights_is_refused_unless_the_fingerprint_is_taken_off(tiny_llama: TinyLlamaFactory) -> None:
     plan, other = mixed_plan(tiny_llama(seed=0)), tiny_llama(seed=1)
     before = snapshot(other)
