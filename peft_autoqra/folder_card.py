@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME
-
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.folder_contents import base_files
+from peft_autoqra.folder_contents import ADAPTER_CONFIG, base_files, read_adapter_config, read_json
 from peft_autoqra.plan import BitRankPlan
-from peft_autoqra.plan_file import PLAN_FILE
+from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE, read_header
 from peft_autoqra.readme import has_section
 from peft_autoqra.streaming.base_card import QuantizedBaseCard
 from peft_autoqra.tuner.config import AutoQRAConfig
@@ -47,7 +44,8 @@ def write_model_card(folder: Path) -> bool:
     """
     config = _adapter_config(folder)
     if config is not None:
-        config.plan = BitRankPlan.from_pretrained(folder)
+        adapter = folder / ADAPTER_FILE  # a plan beside it may be another one
+        config.plan = BitRankPlan.from_metadata(read_header(adapter), str(adapter))
         config.card().write(folder)
         return True
     weights = [name for name in base_files(folder) if name.endswith(".safetensors")]
@@ -57,7 +55,6 @@ def write_model_card(folder: Path) -> bool:
 
 
 def _adapter_config(folder: Path) -> AutoQRAConfig | None:
-    if not (folder / CONFIG_NAME).is_file():
-        return None
-    config = PeftConfig.from_pretrained(str(folder))
-    return config if isinstance(config, AutoQRAConfig) else None
+    """None without an adapter, and for those of others, of whatever type."""
+    path = folder / ADAPTER_CONFIG
+    return read_adapter_config(folder) if path.is_file() and "autoqra_version" in read_json(path) else None

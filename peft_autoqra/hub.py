@@ -7,30 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from yaml import YAMLError
 
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.folder_bounds import belongs_to
 from peft_autoqra.folder_card import complete_model_card
 from peft_autoqra.folder_contents import ADAPTER_CONFIG, MODEL_CONFIG, adapter_files, base_files, plan_files, read_json
 from peft_autoqra.hub_repository import PushTarget, opened
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE, read_header
+from peft_autoqra.readme import README, read_card
 from peft_autoqra.search_result import PLAN_FOLDER, RESULT_FILE
 
 PLAN, ADAPTER, QUANTIZED_BASE = "plan", "adapter", "quantized base"
 
-_CARD_FILE = "README.md"
-_BESIDE_ALL = (_CARD_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+_BESIDE_ALL = (README, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _BESIDE_MODELS = (  # tokenizers, processors, generation
     "added_tokens.json", "additional_chat_templates/*.jinja", "chat_template.jinja", "chat_template.json",
     "generation_config.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
     "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.tiktoken",
 )  # fmt: skip
-_PICTURE = re.compile(r"""(?:\]\(|src=["'])([^)"'\s:]+\.(?:png|svg|jpe?g|gif|webp))""", re.IGNORECASE)
+_PICTURE = re.compile(r"""(?:\]\(|src=["'])([^()\[\]"'\s:]{1,255}\.(?:png|svg|jpe?g|gif|webp))""", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def prepare_folder(path: str | Path) -> SharedFolder:
         path: as written by ``save_pretrained`` of a plan, an adapter or a quantized model, or by a trainer.
 
     Raises:
-        InvalidPlanError: nothing to share, or something damaged or incomplete.
+        InvalidPlanError: nothing to share, something damaged or incomplete, or a link to a file elsewhere.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -74,11 +74,13 @@ def prepare_folder(path: str | Path) -> SharedFolder:
     kinds = tuple(kind for kind, names in parts.items() if names)
     if not kinds:
         raise InvalidPlanError(_nothing_to_share(folder))
+    patterns = _BESIDE_ALL if kinds == (PLAN,) else _BESIDE_ALL + _BESIDE_MODELS
+    names = {name for files in parts.values() for name in files} | _matches(folder, patterns)
+    _refuse_links(folder, names)
     _card_base_models(folder)  # the header can be read
     complete_model_card(folder)
     _check_card(folder)
-    patterns = _BESIDE_ALL if kinds == (PLAN,) else _BESIDE_ALL + _BESIDE_MODELS
-    names = {name for files in parts.values() for name in files} | _matches(folder, patterns) | _pictures(folder)
+    names |= _matches(folder, (README,)) | _pictures(folder)
     tops = {name.split("/")[0] for name in names}
     return SharedFolder(
         path=folder,
@@ -132,12 +134,26 @@ def _matches(folder: Path, patterns: tuple[str, ...]) -> set[str]:
 
 
 def _pictures(folder: Path) -> set[str]:
-    """Pictures in the folder that the model card shows."""
-    card = folder / _CARD_FILE
+    """Pictures in the folder that the model card shows; nothing else that it may name."""
+    card = folder / README
     if not card.is_file():
         return set()
     links = {link.removeprefix("./") for link in _PICTURE.findall(card.read_text(encoding="utf-8"))}
-    return {link for link in links if (folder / link).is_file() and ".." not in Path(link).parts}
+    return {link for link in links if _is_relative(link) and (folder / link).is_file() and belongs_to(folder, link)}
+
+
+def _is_relative(link: str) -> bool:
+    return not Path(link).is_absolute() and ".." not in Path(link).parts
+
+
+def _refuse_links(folder: Path, names: set[str]) -> None:
+    """Someone else may have made the folder, and a link in it would publish any file of this machine."""
+    for name in sorted(names):
+        if not belongs_to(folder, name):
+            raise InvalidPlanError(
+                f"{folder / name} is a link to {(folder / name).resolve()}, outside of the folder; copy the file here "
+                "if it is to be public, or delete the link."
+            )
 
 
 def _check_card(folder: Path) -> None:
@@ -145,19 +161,15 @@ def _check_card(folder: Path) -> None:
     for name in _card_base_models(folder):
         if not _may_be_on_hub(name):
             raise InvalidPlanError(
-                f"{folder / _CARD_FILE} names base_model {name!r} in its header, and the hub takes names of "
+                f"{folder / README} names base_model {name!r} in its header, and the hub takes names of "
                 "repositories only; put the base model's hub id there, or delete the line."
             )
 
 
 def _card_base_models(folder: Path) -> list[str]:
-    card = folder / _CARD_FILE
-    if not card.is_file():
+    if not (folder / README).exists():
         return []
-    try:
-        named = ModelCard.load(card).data.base_model
-    except (ValueError, TypeError, YAMLError) as error:
-        raise InvalidPlanError(f"The header of {card} cannot be read ({error}); mend or delete it.") from error
+    named = read_card(folder / README).data.get("base_model")
     return [named] if isinstance(named, str) else named or []
 
 

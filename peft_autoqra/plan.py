@@ -336,7 +336,8 @@ class BitRankPlan(
         directory.mkdir(parents=True, exist_ok=True)
         self._save_pretrained(directory)
         card = directory / _CARD_FILE
-        if not card.exists() or is_plan_card(card.read_text(encoding="utf-8", errors="replace")):
+        is_new = not card.exists() and not card.is_symlink()
+        if is_new or (card.is_file() and is_plan_card(card.read_text(encoding="utf-8", errors="replace"))):
             with_picture = write_plan_picture(directory / PICTURE_FILE, self)
             ModelCard(self.to_card().render(with_picture=with_picture)).save(card)
         if push_to_hub:

@@ -53,6 +53,7 @@ def write_plan_picture(path: Path, layers: Mapping[str, BitsAndRank]) -> bool:
     try:
         png = draw_plan(layers)
         if png is not None and not (path.is_file() and path.read_bytes() == png):
+            path.unlink(missing_ok=True)  # a link would be written through
             path.write_bytes(png)
     except (ImportError, OSError) as error:
         warnings.warn(f"The picture of the plan, {path}, cannot be written: {error}.", stacklevel=2)

@@ -11,14 +11,25 @@ from typing import Literal, cast
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.folder_bounds import belongs_to
 
 README = "README.md"
 BEGIN = "<!-- autoqra: from here on peft-autoqra writes; what you change will be overwritten -->"
 END = "<!-- autoqra: until here -->"
 
-# What others may have written: no file but a folder, other encodings, a header that is no YAML or no mapping.
-_UNUSABLE = (OSError, TypeError, ValueError, yaml.YAMLError)
+# What others may have written: other encodings, a header that is no YAML or no mapping, keys named like methods.
+_UNUSABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError,
+    yaml.YAMLError,
+)  # fmt: skip
+_MAX_BYTES = 2**20
+_MAX_HEADER_LENGTH = 2**17  # of characters; parsing them takes a second
+_MAX_HEADER_DEPTH = 32
+_MAX_TAGS = 2**10
 _SECTION = re.compile(re.escape(BEGIN) + "(?:.*?" + re.escape(END) + ")?", re.DOTALL)
 _LOCAL_BASE_TAG = "base_model:adapter:"
 
@@ -76,20 +87,78 @@ def update_readme(directory: Path, title: str, section: str, metadata: HubMetada
         )
 
 
+def read_card(path: Path) -> ModelCard:
+    """Read a README.md that anyone may have written, in seconds at most.
+
+    Raises:
+        InvalidPlanError: no regular file of its folder, larger than any card, or with a header that cannot be read:
+            aliases, by which a few lines stand for gigabytes, are refused too.
+    """
+    try:
+        _check_file(path)
+        _check_header(path.read_text(encoding="utf-8-sig"))
+        return cast("ModelCard", ModelCard.load(path))
+    except _UNUSABLE as error:
+        raise InvalidPlanError(f"The header of {path} cannot be read ({error}); mend or delete it.") from error
+
+
 def has_section(directory: Path) -> bool:
     """Whether a folder's README.md holds a section of :func:`update_readme`."""
     path = directory / README
-    return path.is_file() and BEGIN in path.read_text(encoding="utf-8", errors="replace")
+    try:
+        _check_file(path)
+        return BEGIN in path.read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):
+        return False
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would keep the reader waiting for ever
+        raise ValueError("it is no regular file")
+    if not belongs_to(path.parent, path.name):
+        raise ValueError("it is a link to a file outside of the folder")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"it takes {path.stat().st_size} bytes, more than the {_MAX_BYTES} that are read")
+
+
+def _check_header(text: str) -> None:
+    match = REGEX_YAML_BLOCK.search(text)
+    if match is None:
+        return
+    header = match.group(2)
+    if len(header) > _MAX_HEADER_LENGTH:
+        raise ValueError(f"it has {len(header)} characters, more than the {_MAX_HEADER_LENGTH} that are read")
+    depth = 0
+    for event in yaml.parse(header, Loader=yaml.SafeLoader):  # one by one, so that no bomb is built
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it uses the alias *{event.anchor[:20]}; write out what that stands for")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_HEADER_DEPTH:
+            raise ValueError(f"it is nested more than {_MAX_HEADER_DEPTH} levels deep")
+    _check_values(yaml.safe_load(header))
+
+
+def _check_values(header: object) -> None:
+    if not isinstance(header, dict):  # empty, or what ModelCard refuses
+        return
+    for key in ("base_model", "tags"):
+        value = header.get(key)
+        names = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(name, str) for name in names):
+            raise ValueError(f"its {key} is neither text nor a list of texts")
+        if len(names) > _MAX_TAGS:
+            raise ValueError(f"it has {len(names)} {key}, more than the {_MAX_TAGS} that are read")
 
 
 def _update(path: Path, title: str, section: str, metadata: HubMetadata) -> None:
     if path.exists():
-        card = ModelCard.load(path)
+        card = read_card(path)
     else:
         card = ModelCard(f"---\nlibrary_name: {metadata.library_name}\n---\n\n# {title}\n")
     _update_header(card, metadata)
     card.text = _with_section(card.text, section)
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # a link would be written through
     card.save(partial)
     partial.replace(path)  # at once: what others wrote must survive a full disk
 

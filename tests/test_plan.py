@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,18 @@ def test_saving_beside_a_model_leaves_its_files_alone(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     make_plan().save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_text() for name in files} == files
+
+
+def test_saving_waits_for_no_pipe_and_writes_through_no_link(tmp_path: Path) -> None:
+    folders = [tmp_path / "pipe", tmp_path / "link"]
+    for folder in folders:
+        folder.mkdir()
+    os.mkfifo(folders[0] / "README.md")
+    (folders[1] / "README.md").symlink_to(tmp_path / "elsewhere")
+    for folder in folders:
+        make_plan().save_pretrained(folder)
+        assert BitRankPlan.from_pretrained(folder) == make_plan()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_saving_again_replaces_the_plan_and_ignores_the_old_calibration(tmp_path: Path) -> None:

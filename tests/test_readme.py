@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 
-from peft_autoqra.readme import BEGIN, END, HubMetadata, hub_id, update_readme
+from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.readme import BEGIN, END, HubMetadata, has_section, hub_id, read_card, update_readme
 
 METADATA = HubMetadata(
     library_name="peft",
@@ -169,3 +173,62 @@ def test_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "someone" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hub_id("someone/model") is None
+
+
+# ------------------------------------------------------------------------------------------------- made to do harm
+BOMB = "a: &a [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1 if i else ''}, *a{i - 1 if i else ''}]\n" for i in range(40))
+HOSTILE = {
+    "an alias bomb": f"---\n{BOMB}base_model: *a39\n---\n",
+    "a bomb of merge keys": "---\na: &a {x: 1}\n"
+    + "".join(f"k{i}: &k{i}\n  <<: [{', '.join([f'*k{i - 1}' if i else '*a'] * 9)}]\n" for i in range(9))
+    + "---\n",
+    "deep": f"---\na: {'[' * 3000}{']' * 3000}\n---\n",
+    "deep by indentation": "---\n" + "".join(" " * i + "a:\n" for i in range(1500)) + "---\n",
+    "base_model: number": "---\nbase_model: 7\n---\n",
+    "base_model: mapping": "---\nbase_model: {a: 1}\n---\n",
+    "tags: number": "---\ntags: 5\n---\n",
+    "tags: nested": "---\ntags: [[a], {b: 1}]\n---\n",
+    "many tags": f"---\ntags: [{', '.join(map(hex, range(2000)))}]\n---\n",
+    "a long header": "---\n" + "a: b\n" * 30000 + "---\n",
+    "keys named like methods": "---\nself: 1\n---\n",
+    "a long file": "# Title\n" + "word " * 300_000,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_refused_at_once(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    started = time.process_time()
+    with pytest.raises(InvalidPlanError, match=r"(?s)README\.md cannot be read.*mend or delete it"):
+        read_card(tmp_path / "README.md")
+    with pytest.warns(UserWarning, match="left as it is"):
+        update_readme(tmp_path, "A title", SECTION, METADATA)
+    assert time.process_time() - started < 2
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_card_of_a_usual_size_is_read(tmp_path):
+    results = "".join(f"- name: result{i}\n  value: [{i}, {{a: [b]}}]\n" for i in range(200))
+    (tmp_path / "README.md").write_text(f"---\nbase_model: [a/b]\ntags: lora\nx:\n{results}---\n" + "word " * 1000)
+    assert read_card(tmp_path / "README.md").data.tags == ["lora"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "README.md")
+    with pytest.warns(UserWarning, match="no regular file"):
+        update_readme(tmp_path, "A title", SECTION, METADATA)
+    assert not has_section(tmp_path)
+
+
+def test_links_out_of_the_folder_are_neither_read_nor_written_through(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.partial").symlink_to(tmp_path / "secret")
+    update(folder)
+    assert (tmp_path / "secret").read_text() == "secret"
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match="link to a file outside"):
+        update_readme(folder, "A title", SECTION, METADATA)
+    assert (folder / "README.md").readlink() == tmp_path / "secret"

@@ -56,7 +56,7 @@ class QuantizedBaseCard:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         files = [directory / name for name in weight_files]
         return cls(
-            plan=_plan(AutoQRAQuantConfig(**config["quantization_config"]), _base_model(files[0])),
+            plan=_plan(AutoQRAQuantConfig.from_dict(config["quantization_config"]), _base_model(files[0])),
             architecture=(config.get("architectures") or ["AutoModel"])[0],
             file_bytes=sum(file.stat().st_size for file in files),
         )
@@ -154,7 +154,7 @@ def base_metadata(model: Any) -> dict[str, str]:
 
 def _base_model(file_with_tensors: Path) -> str | None:
     with safe_open(file_with_tensors, framework="np") as file:
-        return (file.metadata() or {}).get(BASE_MODEL_KEY)
+        return hub_id((file.metadata() or {}).get(BASE_MODEL_KEY))
 
 
 def _plan(config: AutoQRAQuantConfig, base_model: str | None) -> BitRankPlan:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -25,6 +26,7 @@ from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_
 from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE
 from peft_autoqra.plan_picture import PICTURE_FILE
 from tests.conftest import TinyLlamaFactory
+from tests.hostile_files import nested
 from tests.hub.conftest import OTHER, Hub
 from tests.test_cli import fails_with_one_line
 from tests.tiny_data import word_tokenizer
@@ -185,6 +187,69 @@ def test_an_adapter_that_transformers_saved(
     assert prepare_folder(tmp_path / "again").kinds == (ADAPTER,)
 
 
+def test_a_snapshot_of_the_hubs_cache(hub: Hub, adapter_folder: Path) -> None:
+    """It is a folder of links into the blobs of its repository."""
+    shared = prepare_folder(adapter_folder)
+    push_folder(shared, PushTarget(repo_id="me/adapter"))
+    snapshot = Path(snapshot_download("me/adapter"))
+    assert (snapshot / ADAPTER_FILE).is_symlink()
+    assert prepare_folder(snapshot).filenames == shared.filenames
+
+
+# --------------------------------------------------------------------------------------------- what lies elsewhere
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    (tmp_path / "private.png").write_bytes(b"private")
+    return tmp_path / "private.png"
+
+
+def test_pictures_from_elsewhere_stay_here(plan_folder: Path, private: Path) -> None:
+    card = plan_folder / "README.md"
+    (plan_folder / "link.png").symlink_to(private)
+    (plan_folder / "figures").symlink_to(private.parent)
+    links = (f"{private}", "link.png", "figures/private.png", "./../private.png", f"./{private}")
+    card.write_text(card.read_text() + "".join(f"![x]({link})" for link in links))
+    shared = prepare_folder(plan_folder)
+    assert set(shared.filenames) == {PLAN_FILE, CALIBRATION_FILE} | CARD
+    assert {"link.png", "figures/"} <= set(shared.left_out)
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "tokenizer.json", ADAPTER_FILE, "adapter_config.json"])
+def test_links_to_files_elsewhere_are_refused(adapter_folder: Path, tmp_path: Path, name: str) -> None:
+    (adapter_folder / "LICENSE").write_text("mine")
+    shutil.move(adapter_folder / name, tmp_path / "elsewhere")
+    (adapter_folder / name).symlink_to(tmp_path / "elsewhere")
+    content = (tmp_path / "elsewhere").read_bytes()
+    with pytest.raises(InvalidPlanError, match=rf"{name} is a link to {tmp_path / 'elsewhere'}, outside") as raised:
+        prepare_folder(adapter_folder)
+    assert "copy the file here" in str(raised.value)
+    assert (tmp_path / "elsewhere").read_bytes() == content
+
+
+def test_shards_that_are_links_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    shard = min(base_folder.glob("model*.safetensors"))
+    shutil.move(shard, tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidPlanError, match="is a link to"):
+        prepare_folder(base_folder)
+
+
+def test_the_picture_of_the_plan_is_not_written_through_a_link(plan: BitRankPlan, private: Path) -> None:
+    folder = private.parent / "folder"
+    folder.mkdir()
+    (folder / PICTURE_FILE).symlink_to(private)
+    plan.save_pretrained(folder)
+    assert private.read_bytes() == b"private"
+    assert PICTURE_FILE in prepare_folder(folder).filenames
+
+
+def test_a_card_of_many_brackets_takes_no_time(plan_folder: Path) -> None:
+    (plan_folder / "README.md").write_text("# Title\n" + "](" * 100_000)
+    started = time.process_time()
+    prepare_folder(plan_folder)
+    assert time.process_time() - started < 2
+
+
 # ----------------------------------------------------------------------------------------------------------- refused
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
@@ -210,6 +275,10 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def change_patterns(path: Path, field: str, value: int) -> None:
+    edit_json(path, **{field: dict.fromkeys(json.loads(path.read_text())[field], value)})
+
+
 def name_folder(card: Path) -> None:
     """By hand, in a card that is complete otherwise."""
     text = re.sub("^base_model: .*$", "base_model: /home/me/m", card.read_text(), flags=re.MULTILINE)
@@ -227,6 +296,18 @@ DAMAGE = {
     "a tensor missing": (lambda f: change_tensors(f / ADAPTER_FILE, drop_one), "is not of rank"),
     "other ranks": (lambda f: change_tensors(f / ADAPTER_FILE, widen), "is not of rank"),
     "unreadable card": (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "header of .* cannot be read"),
+    "a card of a bomb": (
+        lambda f: (f / "README.md").write_text("---\na: &a [1]\nbase_model: *a\n---\n"),
+        "README.md cannot be read .*alias",
+    ),
+    "a card of no base": (lambda f: (f / "README.md").write_text("---\nbase_model: 7\n---\n"), "its base_model"),
+    "nested configuration": (lambda f: (f / "adapter_config.json").write_text(nested(100_000)), "cannot be read"),
+    "other bits": (lambda f: change_patterns(f / "adapter_config.json", "bits_pattern", 8), "8 bits and rank"),
+    "other default rank": (lambda f: edit_json(f / "adapter_config.json", r=64), "and rank 64; save"),
+    "other ranks by name": (
+        lambda f: change_patterns(f / "adapter_config.json", "rank_pattern", 5),
+        "and rank 5; save",
+    ),
     "local base": (lambda f: name_folder(f / "README.md"), "'/home/me/m'"),
 }
 
@@ -271,6 +352,10 @@ def swap_shards(folder: Path) -> None:
         cut(shards[0])
 
 
+def edit_quantization(path: Path, **changes) -> None:
+    edit_json(path, quantization_config=json.loads(path.read_text())["quantization_config"] | changes)
+
+
 BASE_DAMAGE = {
     "cut weights": (lambda f: cut(min(f.glob("model*.safetensors"))), "damaged"),
     "missing weights": (drop_shard, "There is no model.safetensors|is missing beside"),
@@ -279,6 +364,18 @@ BASE_DAMAGE = {
     "no modules": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "autoqra"}),
         "lists no",
+    ),
+    "nested configuration": (lambda f: (f / "config.json").write_text(nested(100_000)), "cannot be read"),
+    "no architectures": (lambda f: edit_json(f / "config.json", architectures=5), "architectures"),
+    "odd architectures": (lambda f: edit_json(f / "config.json", architectures=[{}]), "architectures"),
+    "a plan elsewhere": (
+        lambda f: edit_quantization(f / "config.json", plan=str(f.parent / "plan")),
+        "no plan by name",
+    ),
+    "a plan on the hub": (lambda f: edit_quantization(f / "config.json", plan="someone/else"), "no plan by name"),
+    "a pattern for ever": (
+        lambda f: edit_quantization(f / "config.json", bits_pattern={"(a+)+$": 4}),
+        r"\(a\+\)\+",
     ),
     "other JSON": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
 }

@@ -14,7 +14,7 @@ from PIL import Image
 
 from peft_autoqra import complete_model_card, plan_picture
 from peft_autoqra.memory import MemoryModel
-from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan import BitRankPlan, LayerPlan
 from peft_autoqra.readme import BEGIN, END
 from peft_autoqra.tuner.config import AutoQRAConfig
 from tests.conftest import TinyLlamaFactory
@@ -161,3 +161,13 @@ def test_every_checkpoint_of_a_trainer_has_a_card_and_the_picture_is_drawn_once(
     assert BEGIN not in (tmp_path / "README.md").read_text()
     complete_model_card(tmp_path)
     assert section_of(tmp_path) == before.split(BEGIN)[1].split(END)[0]
+
+
+def test_the_card_is_of_the_adapter_and_not_of_a_plan_beside_it(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    model, plan = adapter_of(tiny_llama())
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    expected = section_of(tmp_path)
+    plan.replace(layers={name: LayerPlan(8, 2) for name in plan}).save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
+    complete_model_card(tmp_path)
+    assert section_of(tmp_path) == expected
