@@ -338,7 +338,9 @@ class BitRankPlan(
         card = directory / _CARD_FILE
         if not card.exists() or is_plan_card(card.read_text(encoding="utf-8", errors="replace")):
             with_picture = write_plan_picture(directory / PICTURE_FILE, self)
-            ModelCard(self.to_card().render(with_picture=with_picture)).save(card)
+            partial = card.with_suffix(".partial")
+            ModelCard(self.to_card().render(with_picture=with_picture)).save(partial)
+            partial.replace(card)  # not through a link, as the hub's cache has them
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
         return None

@@ -77,6 +77,16 @@ def test_a_readme_of_someone_else_is_kept(tmp_path, mine):
     assert not (tmp_path / "autoqra_plan.png").exists()
 
 
+def test_a_link_is_replaced_and_what_it_leads_to_is_left_alone(tmp_path):
+    PLAN.save_pretrained(tmp_path / "plan")
+    card = tmp_path / "plan" / "README.md"
+    shared = card.rename(tmp_path / "blob").read_text()
+    card.symlink_to(tmp_path / "blob")
+    PLAN.replace(provenance={}).save_pretrained(tmp_path / "plan")
+    assert (tmp_path / "blob").read_text() == shared
+    assert "held-out loss" not in card.read_text()
+
+
 def test_the_card_of_an_earlier_plan_is_replaced(tmp_path):
     PLAN.replace(base_model=BaseModelInfo(name_or_path="someone/other-model")).save_pretrained(tmp_path)
     PLAN.save_pretrained(tmp_path)
