@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from typing import Any
 
 import yaml
 
+from peft_autoqra.markdown import inline_code, markdown_table
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan_grid import BitsAndRank
 from peft_autoqra.plan_picture import PICTURE_FILE
-from peft_autoqra.plan_table import markdown_table, plan_table
+from peft_autoqra.plan_table import plan_table
 from peft_autoqra.readme import hub_id
 from peft_autoqra.units import format_bytes
 
@@ -83,15 +85,15 @@ class PlanCard:
             "quantizer": self.backend + grouped,
         }
         known = self.provenance
-        if known.get("budget_bytes") is not None:
+        if _is_number(known.get("budget_bytes")):
             rows["memory budget"] = f"{format_bytes(known['budget_bytes'])} ({known.get('budget_scope')})"
-        if known.get("held_out_loss") is not None:
+        if _is_number(known.get("held_out_loss")):
             rows["held-out loss in the search"] = f"{known['held_out_loss']:.4f} after {known.get('steps')} steps"
         if known.get("origin"):
             rows["found by"] = str(known["origin"])
         if self.fingerprint:
             rows["base weights"] = (
-                f"fingerprint `{self.fingerprint}` before quantization; it is checked, since other weights would give "
+                f"fingerprint {self.fingerprint} before quantization; it is checked, since other weights would give "
                 "other codes"
             )
         return list(rows.items())
@@ -103,7 +105,7 @@ class PlanCard:
         return f"---\n{yaml.safe_dump(data, sort_keys=False).strip()}\n---"
 
     def _introduction(self) -> str:
-        base = f"`{self.base_model}`" if self.base_model else "a causal language model"
+        base = inline_code(self.base_model) if self.base_model else "a causal language model"
         return (
             f"{_TITLE} {base}\n\n"
             "Weight bits and LoRA rank of every planned layer, found by "
@@ -111,7 +113,7 @@ class PlanCard:
         )
 
     def _usage(self) -> str:
-        base = self.base_model or "BASE_MODEL"
+        base = json.dumps(self.base_model or "BASE_MODEL", ensure_ascii=False)
         return f"""## Use
 
 ```bash
@@ -124,9 +126,14 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 plan = peft_autoqra.BitRankPlan.from_pretrained("THIS_REPOSITORY_OR_FOLDER")
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = get_peft_model(base, peft_autoqra.AutoQRAConfig(plan=plan, task_type="CAUSAL_LM"))
 ```"""
+
+
+def _is_number(value: object) -> bool:
+    """Provenance is JSON of any kind."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_plan_card(text: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -60,6 +62,24 @@ def test_folder_as_base_model_stays_out_of_the_header(tmp_path):
     PLAN.replace(base_model=BaseModelInfo(name_or_path=str(tmp_path))).save_pretrained(tmp_path)
     header = (tmp_path / "README.md").read_text().split("---")[1]
     assert "base_model" not in yaml.safe_load(header)
+
+
+def test_names_stay_names_whatever_they_hold(tmp_path):
+    name = 'x"); print(1); ("```<!-- \\'
+    layers = {"model.layers.0.<img src=x>": LayerPlan(4, 8), "![x](y": LayerPlan(4, 8)}
+    provenance = {"origin": "a\n\n<b>|`", "held_out_loss": "low", "budget_bytes": [1]}
+    PLAN.replace(layers=layers, base_model=BaseModelInfo(name_or_path=name), provenance=provenance).save_pretrained(
+        tmp_path
+    )
+    text = (tmp_path / "README.md").read_text()
+    code = ast.parse(text.split("```python\n")[1].split("\n```\n")[0])
+    assert name in [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]
+    around = text.split("```python\n")[0]
+    assert "<" not in around
+    assert "![x]" not in around
+    assert r"| found by | a  &lt;b&gt;\|\` |" in around
+    assert "held-out loss" not in text
+    assert "memory budget |" not in text
 
 
 def test_card_of_a_bare_plan(tmp_path):

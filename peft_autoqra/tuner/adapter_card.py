@@ -7,11 +7,11 @@ from pathlib import Path
 
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
+from peft_autoqra.markdown import inline_code, markdown_table
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.model_card import TAGS, memory_section, plan_section, versions_line
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_picture import PICTURE_FILE, write_plan_picture
-from peft_autoqra.plan_table import markdown_table
 from peft_autoqra.readme import HubMetadata, hub_id, update_readme
 from peft_autoqra.units import format_seconds
 
@@ -90,7 +90,7 @@ class AdapterCard:
         return "\n\n".join(section for section in sections if section)
 
     def _introduction(self) -> str:
-        base = f"`{self.base_model}`" if self.base_model else "its base model"
+        base = inline_code(self.base_model) if self.base_model else "its base model"
         return (
             f"A LoRA adapter that was trained on {base} with its weights quantized layer by layer, by the plan below. "
             "It holds no base weights: they are quantized again when it is loaded, to the same codes.\n\n"

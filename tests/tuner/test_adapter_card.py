@@ -138,6 +138,12 @@ def test_the_class_that_loads_it(tiny_llama: TinyLlamaFactory, task_type: str | 
     assert f"\nfrom peft import {auto_class}\n" in config.card().section(with_picture=False)
 
 
+def test_a_name_with_a_marker_does_not_end_the_section(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    config = AutoQRAConfig(plan=mixed_plan(tiny_llama()), base_model_name_or_path=f"a`\n{END}\nb")
+    config.card().write(tmp_path)
+    assert "trained on a\\`" in section_of(tmp_path)  # which holds one marker of each kind
+
+
 def test_every_checkpoint_of_a_trainer_has_a_card_and_the_picture_is_drawn_once(
     tiny_llama: TinyLlamaFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
