@@ -44,12 +44,14 @@ class AdapterCard:
     Attributes:
         plan: bits and rank of every module.
         base_model: hub id or folder.
+        base_is_quantized: whether its files hold quantized weights.
         task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``; None where the adapter has none.
         finetune: what the fine-tune measured; None where another trainer than ``autoqra train`` ran it.
     """
 
     plan: BitRankPlan
     base_model: str | None
+    base_is_quantized: bool
     task_type: str | None
     finetune: FineTuneFigures | None = None
 
@@ -91,6 +93,13 @@ class AdapterCard:
 
     def _introduction(self) -> str:
         base = inline_code(self.base_model) if self.base_model else "its base model"
+        if self.base_is_quantized:
+            return (
+                f"A LoRA adapter that was trained on {base}, whose weights are quantized layer by layer, by the plan "
+                "below. It holds no base weights: the quantized base is downloaded when it is loaded.\n\n"
+                "> **Import `peft_autoqra` before you load it. Without this package transformers loads the quantized "
+                "layers of the base with RANDOM WEIGHTS**, and only warns."
+            )
         return (
             f"A LoRA adapter that was trained on {base} with its weights quantized layer by layer, by the plan below. "
             "It holds no base weights: they are quantized again when it is loaded, to the same codes.\n\n"
@@ -101,6 +110,14 @@ class AdapterCard:
     def _usage(self) -> str:
         peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(self.task_type or "")
         auto_class = f"Auto{peft_class.__name__}" if peft_class is not None else "AutoPeftModel"
+        streamed = f"""Where the 16-bit base does not fit into memory, quantize each weight as it is read:
+
+```python
+quantized = peft_autoqra.AutoQRAQuantConfig(plan=adapter)
+model = {auto_class}.from_pretrained(adapter, quantization_config=quantized)
+```
+
+"""
         return f"""```bash
 pip install peft-autoqra
 ```
@@ -113,14 +130,7 @@ adapter = "THIS_REPOSITORY_OR_FOLDER"
 model = {auto_class}.from_pretrained(adapter)
 ```
 
-Where the 16-bit base does not fit into memory, quantize each weight as it is read:
-
-```python
-quantized = peft_autoqra.AutoQRAQuantConfig(plan=adapter)
-model = {auto_class}.from_pretrained(adapter, quantization_config=quantized)
-```
-
-For use without this package, merge it into an ordinary model (16 bits per weight):
+{"" if self.base_is_quantized else streamed}For use without this package, merge it into an ordinary model (16 bits per weight):
 
 ```python
 model.merge_and_unload().save_pretrained("merged")

@@ -65,7 +65,17 @@ def quantize_base(
     _swap_all(model, targets, config)
     _record_exact_patterns(targets, config)
     config.rank_pattern |= of_parameters
+    if config.base_model_name_or_path in (None, getattr(model, "name_or_path", None)):  # not: read with another base
+        config.base_is_quantized = _was_read_quantized(model)
     return _resolved_plan(targets, config, base_model)
+
+
+def _was_read_quantized(model: nn.Module) -> bool:
+    """Whether the files of the model hold codes, as opposed to weights that were quantized once or while loading."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    return (
+        quantizer is not None and quantizer.pre_quantized and quantizer.quantization_config.quant_method == "autoqra"
+    )
 
 
 def _warn_of_fused_experts(model: nn.Module) -> None:
