@@ -41,7 +41,8 @@ class PlanCard:
         fingerprint: of the base model's weights.
         backend: of the quantizer.
         group_size: weights that share a scale.
-        average_bits: mean bits per weight, without metadata.
+        average_bits: mean bits, without metadata.
+        average_is_per_weight: whether that mean is over weights; else it is over modules, of any size.
         average_rank: mean rank over modules.
         memory: bytes by part.
         provenance: how the plan was found.
@@ -53,6 +54,7 @@ class PlanCard:
     backend: str
     group_size: int
     average_bits: float
+    average_is_per_weight: bool
     average_rank: float
     memory: MemoryEstimate | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -78,9 +80,10 @@ class PlanCard:
         """Rows of a table: the plan in numbers, its base and how it was found."""
         counts = Counter(layer.bits for layer in self.layers.values())
         grouped = "" if self.backend == "bitsandbytes" else f", groups of up to {self.group_size} weights"
+        averaged = "weight" if self.average_is_per_weight else "module"
         rows = {
             "modules": ", ".join(f"{count} at {bits} bits" for bits, count in sorted(counts.items())),
-            "average bits per weight, without metadata": f"{self.average_bits:.2f}",
+            f"average bits per {averaged}, without metadata": f"{self.average_bits:.2f}",
             **({"average rank": f"{self.average_rank:.1f}"} if self.average_rank else {}),
             "quantizer": self.backend + grouped,
         }
@@ -106,10 +109,12 @@ class PlanCard:
 
     def _introduction(self) -> str:
         base = inline_code(self.base_model) if self.base_model else "a causal language model"
+        searched = _is_number(self.provenance.get("budget_bytes"))
+        found = ", found by `peft-autoqra` within a memory budget" if searched else ""
         return (
             f"{_TITLE} {base}\n\n"
-            "Weight bits and LoRA rank of every planned layer, found by "
-            "`peft-autoqra` for fine-tuning with PEFT within a memory budget. A plan holds no trained weights."
+            f"Weight bits and LoRA rank of every planned layer{found}, for fine-tuning with PEFT. A plan holds no "
+            "trained weights."
         )
 
     def _usage(self) -> str:

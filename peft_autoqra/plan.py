@@ -422,6 +422,7 @@ class BitRankPlan(
             backend=self.quantizer.backend,
             group_size=self.quantizer.group_size,
             average_bits=self.average_bits,
+            average_is_per_weight=len(self.shapes) == len(self),
             average_rank=self.average_rank,
             memory=self.memory,
             provenance=self.provenance,

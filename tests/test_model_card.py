@@ -84,7 +84,24 @@ def test_names_stay_names_whatever_they_hold(tmp_path):
 
 def test_card_of_a_bare_plan(tmp_path):
     BitRankPlan({"a": LayerPlan(3, 0)}).save_pretrained(tmp_path)
-    assert "## Memory" not in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "## Memory" not in text
+    assert "found by" not in text
+    assert "budget" not in text
+
+
+def test_the_mean_is_said_to_be_of_what_it_is():
+    shapes = {"a": (8, 8), "b": (8, 24)}
+    rows = [
+        "| average bits per module, without metadata | 3.00 |",
+        "| average bits per weight, without metadata | 3.50 |",
+    ]
+    for known, row in zip(({}, shapes), rows, strict=True):
+        assert row in PLAN.replace(shapes=known).to_card().render(with_picture=False)
+
+
+def test_a_searched_plan_was_found_within_a_budget():
+    assert "found by `peft-autoqra` within a memory budget" in PLAN.to_card().render(with_picture=False)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ model = {model_class}.from_pretrained("THIS_REPOSITORY_OR_FOLDER")
             ("all else", format_bytes(others)),
             (
                 "whole model",
-                f"{format_bytes(self.file_bytes)}; at 16 bits {format_bytes(dense_bytes + others)}",
+                f"{format_bytes(self.file_bytes)}; with these layers at 16 bits {format_bytes(dense_bytes + others)}",
             ),
         ]
 

@@ -110,14 +110,14 @@ class AdapterCard:
     def _usage(self) -> str:
         peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(self.task_type or "")
         auto_class = f"Auto{peft_class.__name__}" if peft_class is not None else "AutoPeftModel"
-        streamed = f"""Where the 16-bit base does not fit into memory, quantize each weight as it is read:
+        streamed = f"""
+
+Where the 16-bit base does not fit into memory, quantize each weight as it is read:
 
 ```python
 quantized = peft_autoqra.AutoQRAQuantConfig(plan=adapter)
 model = {auto_class}.from_pretrained(adapter, quantization_config=quantized)
-```
-
-"""
+```"""
         return f"""```bash
 pip install peft-autoqra
 ```
@@ -128,9 +128,9 @@ from peft import {auto_class}
 
 adapter = "THIS_REPOSITORY_OR_FOLDER"
 model = {auto_class}.from_pretrained(adapter)
-```
+```{"" if self.base_is_quantized else streamed}
 
-{"" if self.base_is_quantized else streamed}For use without this package, merge it into an ordinary model (16 bits per weight):
+For use without this package, merge it into an ordinary model (16 bits per weight):
 
 ```python
 model.merge_and_unload().save_pretrained("merged")

@@ -58,7 +58,8 @@ def test_bytes_are_those_of_the_files(tiny_llama: TinyLlamaFactory, tmp_path: Pa
     doubled = sum(2 * n * k for name, (n, k) in plan.shapes.items() if plan[name].bits == 16)  # float32 in the file
     text = (folder / "README.md").read_text()
     assert f"| these layers | {format_bytes(planned - doubled)}; at 16 bits {format_bytes(dense)} |" in text
-    assert f"| whole model | {format_bytes(size)};" in text
+    without = size - (planned - doubled) + dense  # all else stays as it is in the file
+    assert f"| whole model | {format_bytes(size)}; with these layers at 16 bits {format_bytes(without)} |" in text
 
 
 def test_what_a_stranger_wrote_becomes_no_code(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
