@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from typing import Any
 
 import yaml
 
+from peft_autoqra.markdown import inline_code, markdown_table
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan_grid import BitsAndRank
 from peft_autoqra.plan_picture import PICTURE_FILE
-from peft_autoqra.plan_table import markdown_table, plan_table
+from peft_autoqra.plan_table import plan_table
 from peft_autoqra.readme import hub_id
 from peft_autoqra.units import format_bytes
 
@@ -39,7 +41,8 @@ class PlanCard:
         fingerprint: of the base model's weights.
         backend: of the quantizer.
         group_size: weights that share a scale.
-        average_bits: mean bits per weight, without metadata.
+        average_bits: mean bits, without metadata.
+        average_is_per_weight: whether that mean is over weights; else it is over modules, of any size.
         average_rank: mean rank over modules.
         memory: bytes by part.
         provenance: how the plan was found.
@@ -51,6 +54,7 @@ class PlanCard:
     backend: str
     group_size: int
     average_bits: float
+    average_is_per_weight: bool
     average_rank: float
     memory: MemoryEstimate | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -76,22 +80,23 @@ class PlanCard:
         """Rows of a table: the plan in numbers, its base and how it was found."""
         counts = Counter(layer.bits for layer in self.layers.values())
         grouped = "" if self.backend == "bitsandbytes" else f", groups of up to {self.group_size} weights"
+        averaged = "weight" if self.average_is_per_weight else "module"
         rows = {
             "modules": ", ".join(f"{count} at {bits} bits" for bits, count in sorted(counts.items())),
-            "average bits per weight, without metadata": f"{self.average_bits:.2f}",
+            f"average bits per {averaged}, without metadata": f"{self.average_bits:.2f}",
             **({"average rank": f"{self.average_rank:.1f}"} if self.average_rank else {}),
             "quantizer": self.backend + grouped,
         }
         known = self.provenance
-        if known.get("budget_bytes") is not None:
+        if _is_number(known.get("budget_bytes")):
             rows["memory budget"] = f"{format_bytes(known['budget_bytes'])} ({known.get('budget_scope')})"
-        if known.get("held_out_loss") is not None:
+        if _is_number(known.get("held_out_loss")):
             rows["held-out loss in the search"] = f"{known['held_out_loss']:.4f} after {known.get('steps')} steps"
         if known.get("origin"):
             rows["found by"] = str(known["origin"])
         if self.fingerprint:
             rows["base weights"] = (
-                f"fingerprint `{self.fingerprint}` before quantization; it is checked, since other weights would give "
+                f"fingerprint {self.fingerprint} before quantization; it is checked, since other weights would give "
                 "other codes"
             )
         return list(rows.items())
@@ -103,15 +108,17 @@ class PlanCard:
         return f"---\n{yaml.safe_dump(data, sort_keys=False).strip()}\n---"
 
     def _introduction(self) -> str:
-        base = f"`{self.base_model}`" if self.base_model else "a causal language model"
+        base = inline_code(self.base_model) if self.base_model else "a causal language model"
+        searched = _is_number(self.provenance.get("budget_bytes"))
+        found = ", found by `peft-autoqra` within a memory budget" if searched else ""
         return (
             f"{_TITLE} {base}\n\n"
-            "Weight bits and LoRA rank of every planned layer, found by "
-            "`peft-autoqra` for fine-tuning with PEFT within a memory budget. A plan holds no trained weights."
+            f"Weight bits and LoRA rank of every planned layer{found}, for fine-tuning with PEFT. A plan holds no "
+            "trained weights."
         )
 
     def _usage(self) -> str:
-        base = self.base_model or "BASE_MODEL"
+        base = json.dumps(self.base_model or "BASE_MODEL", ensure_ascii=False)
         return f"""## Use
 
 ```bash
@@ -124,9 +131,14 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 plan = peft_autoqra.BitRankPlan.from_pretrained("THIS_REPOSITORY_OR_FOLDER")
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = get_peft_model(base, peft_autoqra.AutoQRAConfig(plan=plan, task_type="CAUSAL_LM"))
 ```"""
+
+
+def _is_number(value: object) -> bool:
+    """Provenance is JSON of any kind."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_plan_card(text: str) -> bool:

@@ -8,6 +8,7 @@ import json
 import math
 import reprlib
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from peft_autoqra.plan_picture import PICTURE_FILE, draw_plan, write_plan_pictur
 SUPPORTED_BITS = (2, 3, 4, 8, 16)
 DENSE_BITS = 16
 _CARD_FILE = "README.md"
+_MAX_TEXT_LENGTH = 4096  # the longest path
 MAX_SIZE = 2**31 - 1
 """Of a side of a weight, and so of a rank."""
 
@@ -109,11 +111,30 @@ class BaseModelInfo:
         name_or_path: hub id or folder, as given to ``from_pretrained``.
         revision: commit of the hub repository, where known.
         fingerprint: SHA-256 over names, shapes and samples of the weights (see ``fingerprint.py``).
+
+    Raises:
+        InvalidPlanError: a name or revision with characters that cannot be printed, or of more than 4,096.
     """
 
     name_or_path: str | None = None
     revision: str | None = None
     fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what others will read, in a model card among other places."""
+        for field_name in ("name_or_path", "revision"):
+            value = getattr(self, field_name)
+            if value is not None and not _is_one_line(value):
+                raise InvalidPlanError(
+                    f"{field_name}={reprlib.repr(value)} of the base model must be text of printable characters, at "
+                    f"most {_MAX_TEXT_LENGTH} of them; rename the folder, or give the hub id."
+                )
+
+
+def _is_one_line(value: object) -> bool:
+    if not isinstance(value, str) or len(value) > _MAX_TEXT_LENGTH:
+        return False
+    return all(character.isprintable() or unicodedata.category(character) == "Zs" for character in value)
 
 
 class BitRankPlan(
@@ -339,7 +360,9 @@ class BitRankPlan(
         is_new = not card.exists() and not card.is_symlink()
         if is_new or (card.is_file() and is_plan_card(card.read_text(encoding="utf-8", errors="replace"))):
             with_picture = write_plan_picture(directory / PICTURE_FILE, self)
-            ModelCard(self.to_card().render(with_picture=with_picture)).save(card)
+            partial = card.with_suffix(".partial")
+            ModelCard(self.to_card().render(with_picture=with_picture)).save(partial)
+            partial.replace(card)  # not through a link, as the hub's cache has them
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
         return None
@@ -400,6 +423,7 @@ class BitRankPlan(
             backend=self.quantizer.backend,
             group_size=self.quantizer.group_size,
             average_bits=self.average_bits,
+            average_is_per_weight=len(self.shapes) == len(self),
             average_rank=self.average_rank,
             memory=self.memory,
             provenance=self.provenance,

@@ -53,12 +53,21 @@ def write_plan_picture(path: Path, layers: Mapping[str, BitsAndRank]) -> bool:
     try:
         png = draw_plan(layers)
         if png is not None and not (path.is_file() and path.read_bytes() == png):
-            path.unlink(missing_ok=True)  # a link would be written through
-            path.write_bytes(png)
+            _write_whole(path, png)
     except (ImportError, OSError) as error:
         warnings.warn(f"The picture of the plan, {path}, cannot be written: {error}.", stacklevel=2)
         return False
     return png is not None
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Beside its place, then there: the hub's cache holds links, and what they lead to is shared."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def draw_plan(layers: Mapping[str, BitsAndRank]) -> bytes | None:

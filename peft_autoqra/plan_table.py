@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from peft_autoqra.markdown import markdown_table
 from peft_autoqra.plan_grid import BitsAndRank, PlanGrid
 
 MAX_COLUMNS = 24
@@ -32,17 +33,6 @@ def plan_table(layers: Mapping[str, BitsAndRank]) -> str:
     if len(body) <= _MAX_OPEN_ROWS:
         return table
     return f"<details><summary>{len(body)} rows of {cell_format}</summary>\n\n{table}\n\n</details>"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown.
-
-    Args:
-        header: title of each column.
-        rows: cells of each row.
-    """
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _cell(layer: BitsAndRank, with_rank: bool) -> str:
@@ -77,7 +67,7 @@ def _table_by_type(layers: Mapping[str, BitsAndRank]) -> str:
         kind = ".".join("*" if part.isdecimal() else part for part in name.split("."))
         groups.setdefault(kind, []).append(layer)
     rows = [
-        (f"`{kind}`", str(len(group)), _range(layer.bits for layer in group), _range(layer.rank for layer in group))
+        (kind, str(len(group)), _range(layer.bits for layer in group), _range(layer.rank for layer in group))
         for kind, group in groups.items()
     ]
     return markdown_table(("module type", "modules", "bits", "rank"), rows)

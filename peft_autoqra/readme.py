@@ -41,7 +41,8 @@ class HubMetadata:
     Attributes:
         library_name: that loads it.
         tags: added to those that are there.
-        base_model: hub id; None leaves what is there, unless that is a local folder, which the hub refuses.
+        base_model: hub id, added where there is a list; None leaves what is there. Local folders, which the hub
+            refuses, go.
         base_model_relation: what was made of the base model.
         pipeline_tag: the task, unless one is there; None where it is not certain.
     """
@@ -80,8 +81,9 @@ def update_readme(directory: Path, title: str, section: str, metadata: HubMetada
     try:
         _update(path, title, section, metadata)
     except _UNUSABLE as error:
+        reason = str(error).rstrip(".\n ")
         warnings.warn(
-            f"{path} is left as it is and says nothing of the plan, since it cannot be updated: {error}. Mend or "
+            f"{path} is left as it is and says nothing of the plan, since it cannot be updated: {reason}. Mend or "
             "delete it, and call peft_autoqra.complete_model_card on the folder.",
             stacklevel=2,
         )
@@ -166,7 +168,7 @@ def _update(path: Path, title: str, section: str, metadata: HubMetadata) -> None
 def _update_header(card: ModelCard, metadata: HubMetadata) -> None:
     data = cast("ModelCardData", card.data)
     data.library_name = metadata.library_name
-    data.base_model = metadata.base_model or _without_folders(data.base_model)
+    data.base_model = _base_models(metadata.base_model, data.base_model)
     if data.base_model:
         data["base_model_relation"] = metadata.base_model_relation
     data.pipeline_tag = data.pipeline_tag or metadata.pipeline_tag
@@ -174,10 +176,12 @@ def _update_header(card: ModelCard, metadata: HubMetadata) -> None:
     data.tags = tags + [tag for tag in metadata.tags if tag not in tags]
 
 
-def _without_folders(base_model: object) -> str | list[str] | None:
-    if isinstance(base_model, list):
-        return [name for name in base_model if hub_id(name)] or None
-    return hub_id(base_model)
+def _base_models(ours: str | None, there: object) -> str | list[str] | None:
+    """A list is the user's, such as that of a merge, and is added to; a single name may be an earlier one of ours."""
+    if not isinstance(there, list):
+        return ours or hub_id(there)
+    kept = [name for name in there if hub_id(name)]
+    return kept + ([ours] if ours and ours not in kept else []) or None
 
 
 def _names_folder(tag: object) -> bool:

@@ -42,6 +42,7 @@ pytestmark = pytest.mark.timeout(60 if not EXAMPLES else 36_000)
 
 children = st.text(st.characters(categories=("L", "N"), include_characters="_- <>:"), min_size=1, max_size=6)
 names = st.lists(children, min_size=1, max_size=3).map(".".join)
+lines = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), max_size=9)
 sizes = st.integers(1, 2**31 - 1)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -66,7 +67,7 @@ def plans(draw: st.DrawFn) -> BitRankPlan:
             group_size=2 ** draw(st.integers(3, 20)),
         ),
         initialization=draw(st.sampled_from(("compensate", "zero"))),
-        base_model=draw(st.just(BaseModelInfo()) | st.builds(BaseModelInfo, name_or_path=st.text(max_size=9))),
+        base_model=draw(st.just(BaseModelInfo()) | st.builds(BaseModelInfo, name_or_path=lines)),
         memory=draw(st.none() | st.just(MemoryEstimate(**dict.fromkeys(MEMORY_PARTS, draw(st.integers(0, 2**60)))))),
         provenance=draw(st.dictionaries(st.text(max_size=5), json_values, max_size=3)),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -62,9 +64,44 @@ def test_folder_as_base_model_stays_out_of_the_header(tmp_path):
     assert "base_model" not in yaml.safe_load(header)
 
 
+def test_names_stay_names_whatever_they_hold(tmp_path):
+    name = 'x"); print(1); ("```<!-- \\'
+    layers = {"model.layers.0.<img src=x>": LayerPlan(4, 8), "![x](y": LayerPlan(4, 8)}
+    provenance = {"origin": "a\n\n<b>|`", "held_out_loss": "low", "budget_bytes": [1]}
+    PLAN.replace(layers=layers, base_model=BaseModelInfo(name_or_path=name), provenance=provenance).save_pretrained(
+        tmp_path
+    )
+    text = (tmp_path / "README.md").read_text()
+    code = ast.parse(text.split("```python\n")[1].split("\n```\n")[0])
+    assert name in [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]
+    around = text.split("```python\n")[0]
+    assert "<" not in around
+    assert "![x]" not in around
+    assert r"| found by | a  &lt;b&gt;\|\` |" in around
+    assert "held-out loss" not in text
+    assert "memory budget |" not in text
+
+
 def test_card_of_a_bare_plan(tmp_path):
     BitRankPlan({"a": LayerPlan(3, 0)}).save_pretrained(tmp_path)
-    assert "## Memory" not in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "## Memory" not in text
+    assert "found by" not in text
+    assert "budget" not in text
+
+
+def test_the_mean_is_said_to_be_of_what_it_is():
+    shapes = {"a": (8, 8), "b": (8, 24)}
+    rows = [
+        "| average bits per module, without metadata | 3.00 |",
+        "| average bits per weight, without metadata | 3.50 |",
+    ]
+    for known, row in zip(({}, shapes), rows, strict=True):
+        assert row in PLAN.replace(shapes=known).to_card().render(with_picture=False)
+
+
+def test_a_searched_plan_was_found_within_a_budget():
+    assert "found by `peft-autoqra` within a memory budget" in PLAN.to_card().render(with_picture=False)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +112,16 @@ def test_a_readme_of_someone_else_is_kept(tmp_path, mine):
     PLAN.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == mine
     assert not (tmp_path / "autoqra_plan.png").exists()
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_is_left_alone(tmp_path):
+    PLAN.save_pretrained(tmp_path / "plan")
+    card = tmp_path / "plan" / "README.md"
+    shared = card.rename(tmp_path / "blob").read_text()
+    card.symlink_to(tmp_path / "blob")
+    PLAN.replace(provenance={}).save_pretrained(tmp_path / "plan")
+    assert (tmp_path / "blob").read_text() == shared
+    assert "held-out loss" not in card.read_text()
 
 
 def test_the_card_of_an_earlier_plan_is_replaced(tmp_path):

@@ -129,6 +129,19 @@ def test_an_unknown_backend() -> None:
         QuantizerSettings(backend="hqq")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("field", ["name_or_path", "revision"])
+@pytest.mark.parametrize("value", ['x")\nimport os', "a\x1b[0m", "a\u2028b", "\ud800", "a" * 4097, 3], ids=ascii)
+def test_a_base_model_whose_name_is_no_line_of_text(field: str, value: Any) -> None:
+    with pytest.raises(InvalidPlanError, match=f"{field}=.*printable") as raised:
+        BaseModelInfo(**{field: value})
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["me/base", "C:\\My models\\é", "/模型\u3000/\xa0", 'a")', "", None])
+def test_names_of_base_models(name: str | None) -> None:
+    assert BaseModelInfo(name_or_path=name).name_or_path == name
+
+
 # ----------------------------------------------------------------------------------------------------------- the plan
 
 
@@ -383,6 +396,7 @@ def sealed(text: str) -> dict[str, str]:
         {"quantizer": {"backend": "native", "group_size": 64, "unknown": 1}},
         {"quantizer": None},
         {"base_model": {"nickname": "base"}},
+        {"base_model": {"name_or_path": "a\nb"}},
         {"memory": {"weight_bytes": 1}},
         {"memory": [1, 2]},
         {"provenance": 3},

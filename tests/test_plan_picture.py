@@ -127,6 +127,17 @@ def test_a_file_that_cannot_be_written_is_a_warning(tmp_path):
     (tmp_path / "plan.png").mkdir()
     with pytest.warns(UserWarning, match=r"plan\.png, cannot be written"):
         assert not write_plan_picture(tmp_path / "plan.png", uniform(4))
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_is_left_alone(tmp_path):
+    blob, path = tmp_path / "blob", tmp_path / "plan.png"
+    blob.write_bytes(b"shared")
+    path.symlink_to(blob)
+    assert write_plan_picture(path, uniform(4))
+    assert blob.read_bytes() == b"shared"
+    assert path.read_bytes() == draw_plan(uniform(4))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["blob", "plan.png"]
 
 
 def test_matplotlib_is_imported_at_first_use_only():

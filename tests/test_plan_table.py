@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peft_autoqra.plan import LayerPlan
-from peft_autoqra.plan_table import markdown_table, plan_table
+from peft_autoqra.plan_table import plan_table
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -74,10 +74,11 @@ def test_a_layer_for_every_expert_is_counted_by_type():
         for kind in ("w1", "w2")
     }
     assert plan_table(layers).splitlines()[2:] == [
-        "| `model.layers.*.mlp.experts.*.w1` | 32 | 2-4 | 8 |",
-        "| `model.layers.*.mlp.experts.*.w2` | 32 | 2-4 | 8 |",
+        r"| model.layers.\*.mlp.experts.\*.w1 | 32 | 2-4 | 8 |",
+        r"| model.layers.\*.mlp.experts.\*.w2 | 32 | 2-4 | 8 |",
     ]
 
 
-def test_bars_in_cells_are_escaped():
-    assert markdown_table(("a",), [("x|y",)]).splitlines()[-1] == r"| x\|y |"
+def test_names_are_text_and_no_markup():
+    table = plan_table({"model.layers.0.<img src=x>": LayerPlan(3, 0), "lm`_`|![x](y": LayerPlan(8, 0)})
+    assert table.splitlines()[0] == r"| layer (bits) | &lt;img src=x&gt; | lm\`_\`\|!\[x](y |"

@@ -109,6 +109,8 @@ def test_line_endings_are_kept(tmp_path):
         ({"base_model": "/home/me/model"}, None, None),
         ({"base_model": ["someone/known", "./model"]}, None, ["someone/known"]),
         ({"base_model": "/home/me/model"}, "someone/ours", "someone/ours"),
+        ({"base_model": ["someone/known", "./model"]}, "someone/ours", ["someone/known", "someone/ours"]),
+        ({"base_model": ["someone/ours", "someone/known"]}, "someone/ours", ["someone/ours", "someone/known"]),
     ],
 )
 def test_base_models_are_hub_ids(tmp_path, header, base_model, expected):
@@ -138,7 +140,7 @@ def test_tags_that_name_a_folder_go(tmp_path):
 )
 def test_a_file_that_cannot_be_understood_is_left_alone(tmp_path, content):
     (tmp_path / "README.md").write_bytes(content)
-    with pytest.warns(UserWarning, match=r"(?s)README\.md is left as it is.*complete_model_card"):
+    with pytest.warns(UserWarning, match=r"(?s)README\.md is left as it is.*[^.]\. Mend.*complete_model_card"):
         update_readme(tmp_path, "A title", SECTION, METADATA)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_bytes() == content

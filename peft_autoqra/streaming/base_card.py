@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from peft_autoqra.markdown import inline_code, markdown_table
 from peft_autoqra.model_card import plan_section, versions_line
 from peft_autoqra.plan import DENSE_BITS, BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_picture import PICTURE_FILE, write_plan_picture
-from peft_autoqra.plan_table import markdown_table
 from peft_autoqra.quant.backends import make_backend
 from peft_autoqra.readme import HubMetadata, hub_id, update_readme
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
@@ -54,10 +54,11 @@ class QuantizedBaseCard:
             InvalidPlanError: the quantization configuration is damaged or of a newer format.
         """
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        architecture = (config.get("architectures") or [None])[0]
         files = [directory / name for name in weight_files]
         return cls(
             plan=_plan(AutoQRAQuantConfig.from_dict(config["quantization_config"]), _base_model(files[0])),
-            architecture=(config.get("architectures") or ["AutoModel"])[0],
+            architecture=architecture if str(architecture).isidentifier() else "AutoModel",
             file_bytes=sum(file.stat().st_size for file in files),
         )
 
@@ -101,7 +102,7 @@ class QuantizedBaseCard:
 
     def _introduction(self) -> str:
         base_model = self.plan.base_model.name_or_path
-        base = f"`{base_model}`" if base_model else "The base model"
+        base = inline_code(base_model) if base_model else "The base model"
         return (
             f"{base} with the weights of its linear layers at the bits below; LoRA adapters can be trained on it.\n\n"
             "> **Import `peft_autoqra` before you load it. Without this package transformers loads the quantized "
@@ -137,7 +138,7 @@ model = {model_class}.from_pretrained("THIS_REPOSITORY_OR_FOLDER")
             ("all else", format_bytes(others)),
             (
                 "whole model",
-                f"{format_bytes(self.file_bytes)}; at 16 bits {format_bytes(dense_bytes + others)}",
+                f"{format_bytes(self.file_bytes)}; with these layers at 16 bits {format_bytes(dense_bytes + others)}",
             ),
         ]
 

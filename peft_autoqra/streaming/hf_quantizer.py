@@ -58,7 +58,7 @@ def note_base(model: nn.Module, plan: BitRankPlan | None) -> None:
         base_fingerprint=plan.base_model.fingerprint if plan is not None else None,
         modules={name: describe_layer(layer) for name, layer in layers.items()},
     )
-    model.hf_quantizer = AutoQRAHfQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = AutoQRAHfQuantizer(config, pre_quantized=False)
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = config.quant_method

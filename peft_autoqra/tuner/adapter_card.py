@@ -7,11 +7,11 @@ from pathlib import Path
 
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
+from peft_autoqra.markdown import inline_code, markdown_table
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.model_card import TAGS, memory_section, plan_section, versions_line
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_picture import PICTURE_FILE, write_plan_picture
-from peft_autoqra.plan_table import markdown_table
 from peft_autoqra.readme import HubMetadata, hub_id, update_readme
 from peft_autoqra.units import format_seconds
 
@@ -44,12 +44,14 @@ class AdapterCard:
     Attributes:
         plan: bits and rank of every module.
         base_model: hub id or folder.
+        base_is_quantized: whether its files hold quantized weights.
         task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``; None where the adapter has none.
         finetune: what the fine-tune measured; None where another trainer than ``autoqra train`` ran it.
     """
 
     plan: BitRankPlan
     base_model: str | None
+    base_is_quantized: bool
     task_type: str | None
     finetune: FineTuneFigures | None = None
 
@@ -90,7 +92,14 @@ class AdapterCard:
         return "\n\n".join(section for section in sections if section)
 
     def _introduction(self) -> str:
-        base = f"`{self.base_model}`" if self.base_model else "its base model"
+        base = inline_code(self.base_model) if self.base_model else "its base model"
+        if self.base_is_quantized:
+            return (
+                f"A LoRA adapter that was trained on {base}, whose weights are quantized layer by layer, by the plan "
+                "below. It holds no base weights: the quantized base is downloaded when it is loaded.\n\n"
+                "> **Import `peft_autoqra` before you load it. Without this package transformers loads the quantized "
+                "layers of the base with RANDOM WEIGHTS**, and only warns."
+            )
         return (
             f"A LoRA adapter that was trained on {base} with its weights quantized layer by layer, by the plan below. "
             "It holds no base weights: they are quantized again when it is loaded, to the same codes.\n\n"
@@ -101,6 +110,14 @@ class AdapterCard:
     def _usage(self) -> str:
         peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(self.task_type or "")
         auto_class = f"Auto{peft_class.__name__}" if peft_class is not None else "AutoPeftModel"
+        streamed = f"""
+
+Where the 16-bit base does not fit into memory, quantize each weight as it is read:
+
+```python
+quantized = peft_autoqra.AutoQRAQuantConfig(plan=adapter)
+model = {auto_class}.from_pretrained(adapter, quantization_config=quantized)
+```"""
         return f"""```bash
 pip install peft-autoqra
 ```
@@ -111,14 +128,7 @@ from peft import {auto_class}
 
 adapter = "THIS_REPOSITORY_OR_FOLDER"
 model = {auto_class}.from_pretrained(adapter)
-```
-
-Where the 16-bit base does not fit into memory, quantize each weight as it is read:
-
-```python
-quantized = peft_autoqra.AutoQRAQuantConfig(plan=adapter)
-model = {auto_class}.from_pretrained(adapter, quantization_config=quantized)
-```
+```{"" if self.base_is_quantized else streamed}
 
 For use without this package, merge it into an ordinary model (16 bits per weight):
 

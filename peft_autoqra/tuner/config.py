@@ -53,6 +53,7 @@ class AutoQRAConfig(LoraConfig):
         base_fingerprint: hash of the base weights the configuration was made for; filled in when it is applied.
         calibration_digest: of the calibration that the base was quantized with, which then lies beside the adapter;
             filled in.
+        base_is_quantized: whether ``base_model_name_or_path`` holds a base that this package quantized; filled in.
         autoqra_version: version of the format on disk; not to be set by hand.
 
     All other arguments are :class:`peft.LoraConfig`'s.
@@ -76,6 +77,7 @@ class AutoQRAConfig(LoraConfig):
     quant_backend: Literal["native", "gptq", "bitsandbytes"] = "native"
     base_fingerprint: str | None = None
     calibration_digest: str | None = None
+    base_is_quantized: bool = False
     autoqra_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -202,7 +204,13 @@ class AutoQRAConfig(LoraConfig):
         """
         base_model = self.base_model_name_or_path or self.plan.base_model.name_or_path
         task_type = getattr(self.task_type, "value", self.task_type)
-        return AdapterCard(plan=self.plan, base_model=base_model, task_type=task_type, finetune=finetune)
+        return AdapterCard(
+            plan=self.plan,
+            base_model=base_model,
+            base_is_quantized=self.base_is_quantized,
+            task_type=task_type,
+            finetune=finetune,
+        )
 
 
 def check_leaves_weights(config: LoraConfig) -> None:

@@ -58,13 +58,24 @@ def quantize_base(
             "and change its values in place."
         )
     fingerprint = _check_fingerprint(model, targets, config, earlier_configs)
+    base_model = _base_model_info(model, config, fingerprint)
     of_parameters = parameter_rank_patterns(base_layers(model), config)
     if to_quantize(targets):
         _warn_of_fused_experts(model)
     _swap_all(model, targets, config)
     _record_exact_patterns(targets, config)
     config.rank_pattern |= of_parameters
-    return _resolved_plan(model, targets, config, fingerprint)
+    if config.base_model_name_or_path in (None, getattr(model, "name_or_path", None)):  # not: read with another base
+        config.base_is_quantized = _was_read_quantized(model)
+    return _resolved_plan(targets, config, base_model)
+
+
+def _was_read_quantized(model: nn.Module) -> bool:
+    """Whether the files of the model hold codes, as opposed to weights that were quantized once or while loading."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    return (
+        quantizer is not None and quantizer.pre_quantized and quantizer.quantization_config.quant_method == "autoqra"
+    )
 
 
 def _warn_of_fused_experts(model: nn.Module) -> None:
@@ -168,24 +179,26 @@ def _record_exact_patterns(targets: list[Target], config: AutoQRAConfig) -> None
     }
 
 
-def _resolved_plan(
-    model: nn.Module, targets: list[Target], config: AutoQRAConfig, fingerprint: str | None
-) -> BitRankPlan:
+def _base_model_info(model: nn.Module, config: AutoQRAConfig, fingerprint: str | None) -> BaseModelInfo:
+    if config.plan is not None:
+        known = config.plan.base_model
+    else:
+        known = BaseModelInfo(name_or_path=config.base_model_name_or_path)
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return replace(known, fingerprint=fingerprint, revision=known.revision or revision)
+
+
+def _resolved_plan(targets: list[Target], config: AutoQRAConfig, base_model: BaseModelInfo) -> BitRankPlan:
     layers = {target.name: target.wanted for target in targets}
     shapes = {
         target.name: target.shape for target in targets if isinstance(target.layer, (*DENSE_LAYERS, *QUANTIZED_LAYERS))
     }
-    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
     if config.plan is not None:
-        known = config.plan.base_model
-        base_model = replace(known, fingerprint=fingerprint, revision=known.revision or revision)
         return config.plan.replace(layers=layers, shapes=shapes, base_model=base_model)
     return BitRankPlan(
         layers,
         shapes=shapes,
         quantizer=config.quantizer,
-        base_model=BaseModelInfo(
-            name_or_path=config.base_model_name_or_path, revision=revision, fingerprint=fingerprint
-        ),
+        base_model=base_model,
         calibration=config.calibration,
     )

@@ -19,6 +19,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("r", "bits", "group_size"), (int,)),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
+    "base_is_quantized": (bool,),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "bits_pattern"), (dict,)),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
     **dict.fromkeys(("modules_to_save", "target_parameters"), (list,)),

@@ -9,9 +9,12 @@ import pytest
 from huggingface_hub import metadata_load
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, complete_model_card
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.readme import END
+from peft_autoqra.streaming.base_card import BASE_MODEL_KEY
 from peft_autoqra.units import format_bytes
 from tests.conftest import TinyLlamaFactory
 from tests.streaming.bases import load_dense, load_streaming, save_base
@@ -55,7 +58,22 @@ def test_bytes_are_those_of_the_files(tiny_llama: TinyLlamaFactory, tmp_path: Pa
     doubled = sum(2 * n * k for name, (n, k) in plan.shapes.items() if plan[name].bits == 16)  # float32 in the file
     text = (folder / "README.md").read_text()
     assert f"| these layers | {format_bytes(planned - doubled)}; at 16 bits {format_bytes(dense)} |" in text
-    assert f"| whole model | {format_bytes(size)};" in text
+    without = size - (planned - doubled) + dense  # all else stays as it is in the file
+    assert f"| whole model | {format_bytes(size)}; with these layers at 16 bits {format_bytes(without)} |" in text
+
+
+def test_what_a_stranger_wrote_becomes_no_code(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    _, _, folder = save_quantized(tiny_llama, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["X\nimport os"]}))
+    file = folder / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", BASE_MODEL_KEY: f"a\n# {END}"})
+    complete_model_card(folder)
+    text = (folder / "README.md").read_text()
+    assert "import AutoModel\n" in text
+    assert "import os" not in text
+    assert text.count(END) == 1
+    assert "base_model" not in metadata_load(folder / "README.md")
 
 
 def test_without_a_hub_id_no_base_is_named(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from huggingface_hub import metadata_load
 from peft import PeftModel, get_peft_model
 from PIL import Image
 
-from peft_autoqra import complete_model_card, plan_picture
+from peft_autoqra import AutoQRAQuantConfig, complete_model_card, plan_picture
 from peft_autoqra.memory import MemoryModel
 from peft_autoqra.plan import BitRankPlan, LayerPlan
 from peft_autoqra.readme import BEGIN, END
 from peft_autoqra.tuner.config import AutoQRAConfig
 from tests.conftest import TinyLlamaFactory
+from tests.streaming.bases import adapt, load_dense, load_streaming, save_base
 from tests.tuner.synthetic import mixed_plan
 from tests.tuner.test_trainers import make_trainer
 
@@ -136,6 +137,38 @@ def test_an_unreadable_card_stops_no_save(tiny_llama: TinyLlamaFactory, tmp_path
 def test_the_class_that_loads_it(tiny_llama: TinyLlamaFactory, task_type: str | None, auto_class: str) -> None:
     config = AutoQRAConfig(plan=mixed_plan(tiny_llama()), task_type=task_type)
     assert f"\nfrom peft import {auto_class}\n" in config.card().section(with_picture=False)
+
+
+def test_card_of_an_adapter_on_a_quantized_base(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    base = load_streaming(save_base(tiny_llama, tmp_path), AutoQRAQuantConfig(bits=4))
+    base.save_pretrained(tmp_path / "quantized")
+    adapt(load_dense(tmp_path / "quantized")).save_pretrained(tmp_path / "adapter")
+    section = section_of(tmp_path / "adapter")
+    assert "quantized base is downloaded" in section
+    assert "RANDOM WEIGHTS" in section
+    for text in ("quantized again", "unquantized", "quantization_config", "16-bit base"):
+        assert text not in section
+    # and so it stays, wherever it is read
+    for folder in (tmp_path / "quantized", tmp_path / "base"):
+        again = PeftModel.from_pretrained(load_dense(folder), tmp_path / "adapter")
+        again.save_pretrained(tmp_path / "again")
+        assert section_of(tmp_path / "again") == section
+
+
+def test_a_base_that_was_quantized_while_loading_or_in_place_has_weights_in_its_files(
+    tiny_llama: TinyLlamaFactory, tmp_path: Path
+) -> None:
+    streamed = load_streaming(save_base(tiny_llama, tmp_path), AutoQRAQuantConfig(bits=4))
+    in_place = adapt(load_dense(tmp_path / "base")).unload()
+    for number, base in enumerate((streamed, in_place)):
+        adapt(base).save_pretrained(tmp_path / str(number))
+        assert "quantized again" in section_of(tmp_path / str(number))
+
+
+def test_a_name_with_a_marker_does_not_end_the_section(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    config = AutoQRAConfig(plan=mixed_plan(tiny_llama()), base_model_name_or_path=f"a`\n{END}\nb")
+    config.card().write(tmp_path)
+    assert "trained on a\\`" in section_of(tmp_path)  # which holds one marker of each kind
 
 
 def test_every_checkpoint_of_a_trainer_has_a_card_and_the_picture_is_drawn_once(
