@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError
 
+from peft_autoqra.beside_models import BESIDE_MODELS
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.folder_card import complete_model_card
 from peft_autoqra.folder_contents import ADAPTER_CONFIG, MODEL_CONFIG, adapter_files, base_files, plan_files, read_json
@@ -24,12 +25,6 @@ PLAN, ADAPTER, QUANTIZED_BASE = "plan", "adapter", "quantized base"
 
 _CARD_FILE = "README.md"
 _BESIDE_ALL = (_CARD_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
-_BESIDE_MODELS = (  # tokenizers, processors, generation
-    "added_tokens.json", "additional_chat_templates/*.jinja", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.tiktoken",
-)  # fmt: skip
 _PICTURE = re.compile(r"""(?:\]\(|src=["'])([^)"'\s:]+\.(?:png|svg|jpe?g|gif|webp))""", re.IGNORECASE)
 
 
@@ -77,7 +72,7 @@ def prepare_folder(path: str | Path) -> SharedFolder:
     _card_base_models(folder)  # the header can be read
     complete_model_card(folder)
     _check_card(folder)
-    patterns = _BESIDE_ALL if kinds == (PLAN,) else _BESIDE_ALL + _BESIDE_MODELS
+    patterns = _BESIDE_ALL if kinds == (PLAN,) else _BESIDE_ALL + BESIDE_MODELS
     names = {name for files in parts.values() for name in files} | _matches(folder, patterns) | _pictures(folder)
     tops = {name.split("/")[0] for name in names}
     return SharedFolder(
