@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from peft_autoqra.beside_models import BESIDE_MODELS
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.folder_bounds import belongs_to
 from peft_autoqra.folder_card import complete_model_card
@@ -24,12 +25,6 @@ from peft_autoqra.search_result import PLAN_FOLDER, RESULT_FILE
 PLAN, ADAPTER, QUANTIZED_BASE = "plan", "adapter", "quantized base"
 
 _BESIDE_ALL = (README, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
-_BESIDE_MODELS = (  # tokenizers, processors, generation
-    "added_tokens.json", "additional_chat_templates/*.jinja", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.tiktoken",
-)  # fmt: skip
 _PICTURE = re.compile(r"""(?:\]\(|src=["'])([^()\[\]"'\s:]{1,255}\.(?:png|svg|jpe?g|gif|webp))""", re.IGNORECASE)
 
 
@@ -74,7 +69,7 @@ def prepare_folder(path: str | Path) -> SharedFolder:
     kinds = tuple(kind for kind, names in parts.items() if names)
     if not kinds:
         raise InvalidPlanError(_nothing_to_share(folder))
-    patterns = _BESIDE_ALL if kinds == (PLAN,) else _BESIDE_ALL + _BESIDE_MODELS
+    patterns = _BESIDE_ALL if kinds == (PLAN,) else _BESIDE_ALL + BESIDE_MODELS
     names = {name for files in parts.values() for name in files} | _matches(folder, patterns)
     _refuse_links(folder, names)
     _card_base_models(folder)  # the header can be read

@@ -373,12 +373,14 @@ class TestExport:
         assert capsys.readouterr().out == f"{out}\n"
         assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
-    def test_gguf_again_into_the_same_folder(self, capsys, adapter, tmp_path):
-        argv = ["export", str(adapter), "--to", "gguf", "--output_dir", str(tmp_path / "out")]
+    def test_gguf_again_into_the_same_folder(self, capsys, adapter, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        argv = ["export", str(adapter), "--to", "gguf", "--output_dir", "out"]
         assert cli.main(argv) == cli.main(argv) == 0
         text = capsys.readouterr().out
         assert "14 planned tensors" in text
-        assert "llama-quantize --tensor-type-file tensor_types.txt" in text
+        assert f"llama-quantize --tensor-type-file {tmp_path}/out/tensor_types.txt" in text
+        assert "Tensors that fall back to another type: 14 (" in text
         assert len((tmp_path / "out" / "tensor_types.txt").read_text().splitlines()) == 15
 
     @pytest.mark.parametrize(

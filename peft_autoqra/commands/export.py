@@ -12,6 +12,7 @@ from peft_autoqra.export.gguf_recipe import TENSOR_TYPES_FILE, export_gguf_recip
 from peft_autoqra.export.merged_model import export_dequantized_base, export_merged_model
 from peft_autoqra.export.plain_lora import export_plain_lora
 
+_LLAMA_CPP = "In llama.cpp's folder, with MERGED_MODEL written by autoqra export ADAPTER --to merged:"
 _DTYPES = ("bfloat16", "float16", "float32")
 _OPTIONS_OF = {
     "plain-lora": ("rank",),
@@ -36,7 +37,8 @@ def run(argv: Sequence[str]) -> int:
         print(f"{output_dir}\nrank {lora.config.r} everywhere; vLLM: {vllm}")  # noqa: T201
     elif options.to == "gguf":
         recipe = export_gguf_recipe(options.folder, output_dir, model_name_or_path=options.model_name_or_path)
-        print(f"{output_dir / TENSOR_TYPES_FILE}\n{recipe.summary()}\n\n{recipe.commands()}")  # noqa: T201
+        commands = recipe.commands(output_dir.resolve())
+        print(f"{output_dir / TENSOR_TYPES_FILE}\n{recipe.summary()}\n\n{_LLAMA_CPP}\n{commands}")  # noqa: T201
     else:
         export = export_merged_model if options.to == "merged" else export_dequantized_base
         dtype = getattr(torch, options.dtype) if options.dtype else None

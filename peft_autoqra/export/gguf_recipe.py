@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.errors import ExportError, MissingDependencyError, PlanMismatchError
+from peft_autoqra.export.adapter_config import CONFIG_FILE, read_adapter_config
 from peft_autoqra.export.export_folder import export_folder
+from peft_autoqra.hub_files import locate_file
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan
 from peft_autoqra.tuner.targets import check_shape_and_rank
 from peft_autoqra.units import format_bytes
@@ -52,6 +55,7 @@ class TensorType:
         type_name: of ``ggml``, such as ``"Q4_K"``.
         num_weights: of the tensor.
         num_bytes: of the tensor in that type.
+        fallback: which type it falls back from, to which and why; None where it has the type of its bits.
     """
 
     module_name: str
@@ -59,6 +63,7 @@ class TensorType:
     type_name: str
     num_weights: int
     num_bytes: int
+    fallback: str | None = None
 
     @property
     def line(self) -> str:
@@ -109,12 +114,17 @@ class GGUFRecipe:
         """Content of the file for ``--tensor-type-file``. The first expression that finds a tensor decides."""
         return "\n".join([*(tensor.line for tensor in self.tensors), f".={self.remaining_type}"]) + "\n"
 
-    def commands(self) -> str:
-        """What to run with llama.cpp, in its folder."""
+    def commands(self, folder: str | Path) -> str:
+        """What to run in llama.cpp's folder.
+
+        Args:
+            folder: where the file of the tensor types is.
+        """
         dense, mixed = f"model-{self.remaining_type}.gguf", "model-mixed.gguf"
+        tensor_types = shlex.quote(f"{folder}/{TENSOR_TYPES_FILE}")
         return (
             f"python convert_hf_to_gguf.py MERGED_MODEL --outtype {self.remaining_type.lower()} --outfile {dense}\n"
-            f"llama-quantize --tensor-type-file {TENSOR_TYPES_FILE} {dense} {mixed} {self.file_type}"
+            f"llama-quantize --tensor-type-file {tensor_types} {dense} {mixed} {self.file_type}"
         )
 
     def summary(self) -> str:
@@ -124,8 +134,14 @@ class GGUFRecipe:
         return (
             f"{len(self.tensors)} planned tensors: {types}; {self.bits_per_weight:.2f} bits per weight. All other "
             f"matrices as {self.remaining_type}. All tensors take {format_bytes(self.num_bytes)} "
-            f"({self.num_bytes:,} bytes)."
+            f"({self.num_bytes:,} bytes).{self._fallbacks()}"
         )
+
+    def _fallbacks(self) -> str:
+        """How many tensors have another type than that of their bits, and why."""
+        counts = Counter(tensor.fallback for tensor in self.tensors if tensor.fallback)
+        reasons = "; ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+        return f" Tensors that fall back to another type: {counts.total()} ({reasons})." if counts else ""
 
 
 def export_gguf_recipe(
@@ -136,28 +152,38 @@ def export_gguf_recipe(
     Args:
         folder: folder or hub id of a plan or adapter.
         output_dir: new, empty or an earlier export.
-        model_name_or_path: of the base model, where it is not the one that the plan names; only its configuration is
-            read.
+        model_name_or_path: of the base model, where it is not the one that the plan, or else the adapter, names; only
+            its configuration is read.
 
     Returns:
         What was written.
 
     Raises:
-        ExportError: GGUF does not know the architecture or a module, or ``output_dir`` holds other files.
+        ExportError: neither plan nor adapter names its base model, GGUF does not know its architecture or a module, or
+            ``output_dir`` holds other files.
+        HubError: a repository does not exist, gives no access or cannot be reached.
         InvalidPlanError: there is no plan.
         MissingDependencyError: the package ``gguf`` is not installed.
         PlanMismatchError: the plan is for another model.
     """
     with export_folder(output_dir, "gguf") as new:
         plan = BitRankPlan.from_pretrained(folder)
-        base = model_name_or_path or plan.base_model.name_or_path
-        if base is None:
-            raise ExportError(f"The plan in {str(folder)!r} does not name its base model; give model_name_or_path.")
-        revision = plan.base_model.revision if model_name_or_path is None else None
+        base, revision = (model_name_or_path, None) if model_name_or_path else _base_model(plan, str(folder))
         recipe = gguf_recipe(plan, _empty_model(base, revision))
         (new / TENSOR_TYPES_FILE).write_text(recipe.tensor_types(), encoding="utf-8")
         (new / "README.md").write_text(_readme(recipe), encoding="utf-8")
     return recipe
+
+
+def _base_model(plan: BitRankPlan, folder: str) -> tuple[str, str | None]:
+    """Name and revision, as the plan says; else as the adapter that holds it says."""
+    if plan.base_model.name_or_path is not None:
+        return plan.base_model.name_or_path, plan.base_model.revision
+    if locate_file(CONFIG_FILE, folder) is not None:
+        config = read_adapter_config(folder)
+        if config.base_model_name_or_path is not None:
+            return config.base_model_name_or_path, config.revision
+    raise ExportError(f"What is in {folder!r} does not name its base model; give --model_name_or_path.")
 
 
 def gguf_recipe(plan: BitRankPlan, model: PreTrainedModel) -> GGUFRecipe:
@@ -265,23 +291,30 @@ def _tensor_type(
 ) -> TensorType:
     out_features, in_features = shape
     candidates = [dense_type] if bits == DENSE_BITS else [_TYPES[bits], _SMALL_BLOCK_TYPE, dense_type]
+    fallback = None
     for type_name in candidates:
         block_weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
         if in_features % block_weights == 0:
             break
+        not_divided = f"rows of {in_features} weights are not divisible by {block_weights}"
+    if type_name != candidates[0]:
+        fallback = f"from {candidates[0]} to {type_name}, since {not_divided}"
     num_weights = out_features * in_features
-    return TensorType(module_name, tensor_name, type_name, num_weights, num_weights // block_weights * block_bytes)
+    num_bytes = num_weights // block_weights * block_bytes
+    return TensorType(module_name, tensor_name, type_name, num_weights, num_bytes, fallback)
 
 
 def _readme(recipe: GGUFRecipe) -> str:
     return f"""# Mixed-bit GGUF ({recipe.architecture})
 
 ```bash
-{recipe.commands()}
+{recipe.commands("THIS_FOLDER")}
 ```
 
-MERGED_MODEL: `autoqra export ADAPTER --to merged`. {recipe.summary()}
+Run them in llama.cpp's folder. MERGED_MODEL: written by `autoqra export ADAPTER --to merged`.
 
-`llama-quantize` quantizes anew, to formats of its own: this file has the plan's bit-widths, not its quantized weights.
-An importance matrix (`--imatrix`) lowers the error, most of all at 2 and 3 bits.
+{recipe.summary()}
+
+`llama-quantize` quantizes anew, to formats of its own: its file has about the planned bits, and not the plan's
+quantized weights. An importance matrix (`--imatrix`) lowers the error, most of all at 2 and 3 bits.
 """

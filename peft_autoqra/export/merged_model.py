@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from peft_autoqra.beside_models import TOKENIZER_FILES
 from peft_autoqra.errors import ExportError, InvalidPlanError, PlanMismatchError
+from peft_autoqra.export.adapter_config import read_adapter_config
 from peft_autoqra.export.export_folder import export_folder
 from peft_autoqra.hub_files import locate_file
 from peft_autoqra.plan_file import ADAPTER_FILE
-from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import dequantize_base
 from peft_autoqra.tuner.preparation import quantize_base
-
-_TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
 
 
 def export_merged_model(
@@ -46,6 +42,7 @@ def export_merged_model(
 
     Raises:
         ExportError: no AutoQRA adapter, the base cannot be loaded, or ``output_dir`` holds other files.
+        HubError: the adapter's repository does not exist, gives no access or cannot be reached.
         PlanMismatchError: the base is not the one that the adapter was trained on.
     """
     with export_folder(output_dir, "merged") as folder:
@@ -77,39 +74,42 @@ class _Source:
         adapter: folder or hub id.
         base: folder or hub id.
         revision: of the base.
+        trained_on: the base that the adapter names.
         task_type: of the adapter.
-        tokenizer_files: of the adapter's folder, else of the base's.
+        tokenizer_files: of the adapter's folder, else of the base's; name in there to path.
     """
 
     adapter: str
     base: str
     revision: str | None
+    trained_on: str | None
     task_type: str | None
-    tokenizer_files: tuple[Path, ...]
+    tokenizer_files: Mapping[str, Path]
 
 
 def _find(adapter: str, model_name_or_path: str | None) -> _Source:
-    config = _adapter_config(adapter)
+    config = read_adapter_config(adapter)
     base, revision = model_name_or_path, None
     if base is None:
         base, revision = config.base_model_name_or_path, config.revision
     if base is None:
-        raise ExportError(f"The adapter in {adapter!r} does not name its base model; give model_name_or_path.")
+        raise ExportError(f"The adapter in {adapter!r} does not name its base model; give --model_name_or_path.")
     files = _tokenizer_files(adapter, None) or _tokenizer_files(base, revision)
-    return _Source(adapter, base, revision, config.task_type, files)
+    return _Source(adapter, base, revision, config.base_model_name_or_path, config.task_type, files)
 
 
-def _tokenizer_files(place: str, revision: str | None) -> tuple[Path, ...]:
+def _tokenizer_files(place: str, revision: str | None) -> dict[str, Path]:
     """Copied as they are: a tokenizer loaded and saved again may come out as another class with other files."""
     folder = Path(place)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(place, revision=revision, allow_patterns=list(_TOKENIZER_FILES)))
+            folder = Path(snapshot_download(place, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise ExportError(
                 f"{place!r} is neither a folder here nor reachable on the hub: {_first_line(error)}"
             ) from error
-    return tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
+    paths = sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def _load(
@@ -117,27 +117,27 @@ def _load(
 ) -> PreTrainedModel:
     """The base model, with what the adapter makes of it."""
     try:
-        return finish(_load_base(source, "auto"), source.adapter)
+        return _load_in(source, "auto", finish)
     except PlanMismatchError:
         if dtype is None:
             raise
     # Trained in another dtype than the checkpoint's: what was quantized are its weights cast to that.
-    return finish(_load_base(source, dtype), source.adapter)
+    return _load_in(source, dtype, finish)
 
 
-def _adapter_config(adapter: str) -> AutoQRAConfig:
+def _load_in(
+    source: _Source, dtype: torch.dtype | str, finish: Callable[[PreTrainedModel, str], PreTrainedModel]
+) -> PreTrainedModel:
+    model = _load_base(source, dtype)
     try:
-        config = PeftConfig.from_pretrained(adapter)
-    except InvalidPlanError:
-        raise
-    except ValueError as error:
-        raise ExportError(f"{adapter!r} holds no adapter ({error}); give the folder of a saved one.") from error
-    if not isinstance(config, AutoQRAConfig):
-        raise ExportError(
-            f"The adapter in {adapter!r} was not made by peft_autoqra, so it has no quantized base; load it with "
-            "PEFT, and merge it with merge_and_unload()."
-        )
-    return config
+        return finish(model, source.adapter)
+    except InvalidPlanError as error:
+        if source.trained_on in (None, source.base):
+            raise
+        raise PlanMismatchError(
+            f"{source.base!r} is not the base model that the adapter was trained on ({source.trained_on!r}), or not "
+            f"in the dtype of the training (give --dtype): {error}"
+        ) from error
 
 
 def _load_base(source: _Source, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -154,7 +154,7 @@ def _first_line(error: Exception) -> str:
 
 def _dequantized(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """Its layers quantized as in training, and made dense again."""
-    quantize_base(model, _adapter_config(adapter))
+    quantize_base(model, read_adapter_config(adapter))
     dequantize_base(model)
     return model
 
@@ -188,5 +188,6 @@ def _save(model: PreTrainedModel, source: _Source, dtype: torch.dtype | None, fo
     if dtype is not None:
         model.to(dtype)
     model.save_pretrained(folder)
-    for path in source.tokenizer_files:
-        shutil.copyfile(path, folder / path.name)
+    for name, path in source.tokenizer_files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)

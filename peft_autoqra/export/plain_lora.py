@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from peft_autoqra.errors import ExportError
+from peft_autoqra.export.adapter_config import CONFIG_FILE
 from peft_autoqra.export.export_folder import export_folder
 from peft_autoqra.hub_files import locate_file
 from peft_autoqra.plan_file import ADAPTER_FILE
 
-CONFIG_FILE = "adapter_config.json"
 VLLM_MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` may be (``MaxLoRARanks`` in ``vllm/config/lora.py``); an adapter's rank is at most
 that."""

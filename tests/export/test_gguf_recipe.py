@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import sys
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -28,6 +33,8 @@ from peft_autoqra import BitRankPlan, LayerPlan
 from peft_autoqra.errors import ExportError, MissingDependencyError, PlanMismatchError
 from peft_autoqra.export.gguf_recipe import GGUFRecipe, export_gguf_recipe, gguf_recipe
 from peft_autoqra.plan import BaseModelInfo
+from peft_autoqra.plan_file import ADAPTER_FILE
+from tests.export.models import train
 from tests.tuner.synthetic import mixed_plan
 
 SIZES = {
@@ -120,8 +127,26 @@ def test_types_have_about_the_planned_bits():
 )
 def test_rows_that_blocks_do_not_divide(hidden_size, bits, type_name, bits_per_weight):
     model = empty(LlamaConfig(**SIZES | {"hidden_size": hidden_size, "num_hidden_layers": 1}))
-    (tensor,) = gguf_recipe(BitRankPlan({"model.layers.0.mlp.up_proj": LayerPlan(bits, 4)}), model).tensors
+    recipe = gguf_recipe(BitRankPlan({"model.layers.0.mlp.up_proj": LayerPlan(bits, 4)}), model)
+    (tensor,) = recipe.tensors
     assert (tensor.type_name, 8 * tensor.num_bytes / tensor.num_weights) == (type_name, bits_per_weight)
+    planned_type = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 8: "Q8_0"}[bits]
+    block = 32 if type_name == "F16" else 256
+    why = f"from {planned_type} to {type_name}, since rows of {hidden_size} weights are not divisible by {block}"
+    fell_back = f" Tensors that fall back to another type: 1 (1 {why})."
+    assert recipe.summary().partition("bytes).")[2] == (fell_back if type_name != planned_type else "")
+
+
+def test_tensors_that_fall_back_are_counted_by_reason():
+    """Down projections have rows of 512 weights, which blocks divide, the others of 288."""
+    model = empty(LlamaConfig(**SIZES | {"hidden_size": 288, "num_hidden_layers": 2}))
+    bits = {"gate_proj": 2, "up_proj": 3, "down_proj": 2}
+    plan = BitRankPlan({f"model.layers.{i}.mlp.{name}": LayerPlan(b, 4) for i in range(2) for name, b in bits.items()})
+    assert gguf_recipe(plan, model).summary().partition("bytes). ")[2] == (
+        "Tensors that fall back to another type: 4 "
+        "(2 from Q2_K to IQ4_NL, since rows of 288 weights are not divisible by 256; "
+        "2 from Q3_K to IQ4_NL, since rows of 288 weights are not divisible by 256)."
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,10 +184,10 @@ def recipe_of(bits: list[int]) -> GGUFRecipe:
     [([3, 3, 2], "Q3_K_M"), ([4, 16, 16], "Q4_K_M"), ([8], "Q8_0"), ([2], "Q2_K"), ([16], "BF16")],
 )
 def test_the_command_names_the_commonest_type(bits, file_type):
-    command = recipe_of(bits).commands().splitlines()[1]
-    assert (
-        command == f"llama-quantize --tensor-type-file tensor_types.txt model-BF16.gguf model-mixed.gguf {file_type}"
-    )
+    command = recipe_of(bits).commands("/of the/recipe").splitlines()[1]
+    program, flag, path, *rest = shlex.split(command)
+    assert (program, flag, path) == ("llama-quantize", "--tensor-type-file", "/of the/recipe/tensor_types.txt")
+    assert rest == ["model-BF16.gguf", "model-mixed.gguf", file_type]
 
 
 def test_a_plan_in_a_folder(tiny_llama, tmp_path):
@@ -175,8 +200,34 @@ def test_a_plan_in_a_folder(tiny_llama, tmp_path):
     assert (tmp_path / "out" / "tensor_types.txt").read_text() == recipe.tensor_types()
     assert recipe.tensors == gguf_recipe(plan, model).tensors
     readme = (tmp_path / "out" / "README.md").read_text()
-    assert recipe.commands() in readme
+    assert recipe.commands("THIS_FOLDER") in readme
+    assert "about the planned bits" in readme
     assert recipe.summary() in readme
+
+
+def test_the_base_that_only_the_adapter_names(tiny_llama, tmp_path, monkeypatch):
+    """At the revision that it names, too; a plan made for no model in particular names none."""
+    trained = train(tiny_llama(), tmp_path, bits=4, r=2)
+    path = trained.adapter / ADAPTER_FILE
+    with safe_open(path, framework="pt") as file:
+        plan = BitRankPlan.from_metadata(file.metadata(), "adapter").replace(base_model=BaseModelInfo())
+    save_file(load_file(path), path, metadata=plan.to_metadata())
+    assert BitRankPlan.from_pretrained(trained.adapter).base_model.name_or_path is None
+    repository = tmp_path / "cache" / "models--someone--tiny"
+    (repository / "snapshots").mkdir(parents=True)
+    trained.base.rename(repository / "snapshots" / "abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = trained.adapter / "adapter_config.json"
+    named = {"base_model_name_or_path": "someone/tiny", "revision": "v1"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    with pytest.raises(ExportError, match="'someone/tiny' cannot be loaded"):
+        export_gguf_recipe(trained.adapter, tmp_path / "out")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text("abc")
+    assert len(export_gguf_recipe(trained.adapter, tmp_path / "out").tensors) == len(plan)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ExportError, match="give --model_name_or_path"):
+        export_gguf_recipe(trained.adapter, tmp_path / "out")
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -206,7 +257,7 @@ def test_a_plan_for_another_model():
 def test_no_base_named_or_none_there(tmp_path):
     plan = BitRankPlan({"model.layers.0.mlp.up_proj": LayerPlan(4, 4)})
     plan.save_pretrained(tmp_path / "plan")
-    with pytest.raises(ExportError, match="give model_name_or_path"):
+    with pytest.raises(ExportError, match="give --model_name_or_path"):
         export_gguf_recipe(tmp_path / "plan", tmp_path / "out")
     with pytest.raises(ExportError, match="cannot be loaded"):
         export_gguf_recipe(tmp_path / "plan", tmp_path / "out", model_name_or_path=str(tmp_path / "nothing"))

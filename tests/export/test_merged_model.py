@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_autoqra import AutoQRAConfig
-from peft_autoqra.errors import ExportError, PlanMismatchError
+from peft_autoqra.errors import ExportError, HubError, PlanMismatchError
 from peft_autoqra.export import merged_model
+from peft_autoqra.export.gguf_recipe import export_gguf_recipe
 from peft_autoqra.export.merged_model import export_dequantized_base, export_merged_model
 from peft_autoqra.plan_file import ADAPTER_FILE
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS
@@ -105,7 +106,7 @@ def test_a_base_from_the_hubs_cache(tiny_llama, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     files = merged_model._tokenizer_files("someone/tiny", None)
-    assert [path.name for path in files] == ["tokenizer.json", "tokenizer_config.json"]
+    assert list(files) == ["tokenizer.json", "tokenizer_config.json"]
     with pytest.raises(ExportError, match="neither a folder here nor reachable"):
         merged_model._tokenizer_files("someone/other", None)
 
@@ -117,6 +118,18 @@ def test_without_any_tokenizer(tiny_llama, tmp_path):
     export_merged_model(trained.adapter, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*token*"))
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) - trained.logits).abs().max() < 1e-5
+
+
+def test_every_file_of_a_tokenizer_is_copied(tiny_llama, tmp_path):
+    """Other kinds than the tokenizers of these tests have, too; and generation settings alone are no tokenizer."""
+    trained = train(tiny_llama(), tmp_path)
+    (trained.adapter / "generation_config.json").write_text("{}")
+    names = {"tekken.json", "qwen.tiktoken", "processor_config.json", "additional_chat_templates/tools.jinja"}
+    (trained.base / "additional_chat_templates").mkdir()
+    for name in names:
+        (trained.base / name).write_text(name)
+    export_dequantized_base(trained.adapter, tmp_path / "out")
+    assert {name for name in names if (tmp_path / "out" / name).read_text() == name} == names
 
 
 def test_fully_trained_modules_and_dora_are_merged(tiny_llama, tmp_path):
@@ -156,10 +169,15 @@ def test_added_tokens(tiny_llama, tmp_path):
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_another_base(one, tiny_llama, tmp_path):
-    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(PlanMismatchError, match="Load the same base model"):
-        export_merged_model(one.adapter, tmp_path / "out", model_name_or_path=str(tmp_path / "other"))
+@pytest.mark.parametrize("export", [export_merged_model, export_dequantized_base])
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"seed": 1}, "Load the same base model"), ({"num_hidden_layers": 1}, "match no module")]
+)
+def test_another_base(one, tiny_llama, tmp_path, export, settings, reason):
+    tiny_llama(**settings).save_pretrained(tmp_path / "other")
+    words = rf"/other' is not the base model that the adapter was trained on \('{one.base}'\).*{reason}"
+    with pytest.raises(PlanMismatchError, match=words):
+        export(one.adapter, tmp_path / "out", model_name_or_path=str(tmp_path / "other"))
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
@@ -176,7 +194,7 @@ def test_no_base_named(tiny_llama, tmp_path):
     trained = train(tiny_llama(), tmp_path)
     path = trained.adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
-    with pytest.raises(ExportError, match="does not name its base model"):
+    with pytest.raises(ExportError, match="does not name its base model; give --model_name_or_path"):
         export_merged_model(trained.adapter, tmp_path / "out")
 
 
@@ -201,8 +219,24 @@ def test_damaged_and_missing_weights_of_the_adapter(tiny_llama, tmp_path):
 
 
 def test_what_is_no_adapter_of_this_package(tiny_llama, one, tmp_path: Path):
-    with pytest.raises(ExportError, match="holds no adapter"):
+    with pytest.raises(ExportError, match=r"/base' holds no adapter: there is no adapter_config.json; give"):
         export_merged_model(one.base, tmp_path / "out")
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "plain")
     with pytest.raises(ExportError, match=r"was not made by peft_autoqra"):
         export_merged_model(tmp_path / "plain", tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["nothing", "[]"])
+def test_a_damaged_configuration_of_the_adapter(one, tmp_path, damage):
+    shutil.copytree(one.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(damage)
+    with pytest.raises(ExportError, match=r"adapter_config\.json"):
+        export_merged_model(tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("export", [export_merged_model, export_dequantized_base, export_gguf_recipe])
+def test_an_adapter_that_cannot_be_downloaded(tmp_path, export):
+    """The hub's own reason; all tests run without it."""
+    with pytest.raises(HubError, match="'someone/private' is not in the cache, and downloads are switched off"):
+        export("someone/private", tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BitRankPlan, LayerPlan
 from peft_autoqra.errors import HubError, InvalidPlanError
+from peft_autoqra.export.gguf_recipe import export_gguf_recipe
+from peft_autoqra.export.merged_model import export_dequantized_base, export_merged_model
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE
 from peft_autoqra.plan_file import PLAN_FILE
 from tests.conftest import TinyLlamaFactory
@@ -271,3 +273,14 @@ def test_an_interrupted_push_can_be_repeated(hub: Hub, happen: Callable[[Hub], N
     hub.server.state.faults.clear()
     better.push_to_hub("me/plan")
     assert BitRankPlan.from_pretrained("me/plan") == better
+
+
+# ------------------------------------------------------------------------------------------------------------- exports
+@pytest.mark.parametrize("export", [export_merged_model, export_dequantized_base, export_gguf_recipe])
+@pytest.mark.parametrize(("change", "words"), [(nothing, "shows without a token"), (gate, "gated"), (limit, "429")])
+def test_exports_of_what_cannot_be_read(shared: Hub, export, change, words: str, tmp_path: Path) -> None:
+    repo_id = "me/none" if change is nothing else "me/plan"
+    change(shared)
+    with pytest.raises(HubError, match=words):
+        export(repo_id, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
