@@ -12,7 +12,6 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import MixedModel
 from peft.utils import PeftType, hotswap
-from peft.utils.other import get_pattern_key
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.hub_files import locate_file
@@ -21,6 +20,7 @@ from peft_autoqra.quant.decoded_linear import DecodedLinear
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel
 from peft_autoqra.tuner.saved_config import read_saved_config
+from peft_autoqra.tuner.targets import matching_keys
 
 _BASE_KEYS = ["bits_pattern", "group_size", "quant_backend", "calibration_digest", "base_fingerprint"]
 """An adapter is swapped for another in place only where both were trained on the same base."""
@@ -107,18 +107,19 @@ def _with_scalings(original: Any) -> Any:
         original(model, state_dict, adapter_name, config, *args, **kwargs)
         if not isinstance(config, AutoQRAConfig):
             return
-        for name, module in model.named_modules():
-            if isinstance(module, LoraLayer) and adapter_name in module.scaling:
-                name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
-                hotswap._update_scaling(module, adapter_name, _scaling(config, name))
+        layers = {
+            name.replace("_orig_mod.", "").removeprefix("base_model.model."): module
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer) and adapter_name in module.scaling
+        }
+        rank_keys = matching_keys(config.rank_pattern, layers)
+        alpha_keys = matching_keys(config.alpha_pattern, layers)
+        for name, module in layers.items():
+            rank = config.rank_pattern.get(rank_keys.get(name, ""), config.r)
+            alpha = config.alpha_pattern.get(alpha_keys.get(name, ""), config.lora_alpha)
+            hotswap._update_scaling(module, adapter_name, float(alpha / (rank**0.5 if config.use_rslora else rank)))
 
     return hotswap_adapter_from_state_dict
-
-
-def _scaling(config: AutoQRAConfig, module_name: str) -> float:
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module_name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module_name), config.lora_alpha)
-    return float(alpha / (rank**0.5 if config.use_rslora else rank))
 
 
 def _locate_calibration(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path:
