@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.module_names import check_module_name
-from peft_autoqra.safetensors_file import TensorEntry, open_safetensors, tensor_entries
+from peft_autoqra.safetensors_file import TensorEntry, check_can_be_read, open_safetensors, tensor_entries
 
 CALIBRATION_FILE = "autoqra_calibration.safetensors"
 ADAPTER_CALIBRATION_FILE = "autoqra_adapter_calibration.safetensors"  # its own, so a plan may lie beside an adapter
@@ -127,9 +127,15 @@ class PlanCalibration:
         return PlanCalibration(input_second_moments=self.input_second_moments, codes=self.codes)
 
     def save(self, directory: Path, filename: str = CALIBRATION_FILE) -> None:
-        """Write a file into an existing directory."""
+        """Write a file into an existing directory.
+
+        Raises:
+            InvalidPlanError: it is too large to be read again.
+        """
         tensors = self._tensors()
-        save_file(tensors, directory / filename, metadata={"format": "np", _CHECKSUM: _checksum(tensors)})
+        metadata = {"format": "np", _CHECKSUM: _checksum(tensors)}
+        check_can_be_read(directory / filename, {key: tensor.shape for key, tensor in tensors.items()}, metadata)
+        save_file(tensors, directory / filename, metadata=metadata)
 
     def _tensors(self) -> dict[str, npt.NDArray[np.generic]]:
         tensors: dict[str, npt.NDArray[np.generic]] = {
@@ -151,7 +157,7 @@ class PlanCalibration:
         Args:
             path: of the file.
             digest: as the plan or adapter notes it.
-            shapes: module name to weight shape, where known: tensors of these modules have to fit.
+            shapes: module name to weight shape, where known: all tensors have to be of these modules, and fit.
 
         Raises:
             InvalidPlanError: the file is damaged or holds something else.
@@ -214,6 +220,12 @@ def _check_entries(path: Path, entries: Mapping[str, TensorEntry], shapes: Mappi
     for name, left in by_kind[_LEFT].items():
         if left.shape[1] != by_kind[_RIGHT][name].shape[0]:
             raise InvalidPlanError(f"{path} is damaged (two ranks of {name!r}); save or download it again.")
+    unknown = sorted(set().union(*by_kind.values()) - shapes.keys()) if shapes else []
+    if unknown:
+        raise PlanMismatchError(
+            f"{path} holds tensors of {reprlib.repr(unknown)}, of which the plan gives no shape; copy the right "
+            f"{path.name} there, or save or download it again."
+        )
     for name, shape in shapes.items():
         parts = {kind: by_kind[kind][name].shape for kind in _FORMATS if name in by_kind[kind]}
         if not _fits(parts, *shape):

@@ -11,7 +11,8 @@ from typing import Any
 from peft.config import _check_and_remove_unused_kwargs
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.plan_file import FORMAT_VERSION, MAX_MODULES
+from peft_autoqra.module_names import MAX_MODULES
+from peft_autoqra.plan_file import FORMAT_VERSION
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.patterns import check_patterns_of_file
 
