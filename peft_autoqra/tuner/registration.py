@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,15 @@ def _with_calibration(original: Any) -> Any:
     def from_pretrained(
         cls: type, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (AttributeError, RecursionError, TypeError, UnicodeDecodeError, JSONDecodeError) as error:
+            if not issubclass(cls, AutoQRAConfig):  # what cannot be read may be of any method
+                raise
+            raise InvalidPlanError(
+                f"The adapter_config.json in {pretrained_model_name_or_path!r} is damaged ({error}); save or download "
+                "the adapter again."
+            ) from error
         if isinstance(config, AutoQRAConfig) and config.calibration_digest:
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)  # type: ignore[attr-defined]
             path = _locate_calibration(pretrained_model_name_or_path, subfolder, hub_kwargs)
