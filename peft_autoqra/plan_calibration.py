@@ -173,6 +173,7 @@ class PlanCalibration:
                     f"{path} belongs to another plan or adapter than the one beside it; copy the right {path.name} "
                     "there, or save or download plan or adapter again."
                 )
+            _check_known(path, entries, shapes or {})
             tensors = {key: file.get_tensor(key) for key in entries}
         if found != _checksum(tensors):
             raise InvalidPlanError(f"{path} is damaged (wrong checksum); save or download it again.")
@@ -220,12 +221,6 @@ def _check_entries(path: Path, entries: Mapping[str, TensorEntry], shapes: Mappi
     for name, left in by_kind[_LEFT].items():
         if left.shape[1] != by_kind[_RIGHT][name].shape[0]:
             raise InvalidPlanError(f"{path} is damaged (two ranks of {name!r}); save or download it again.")
-    unknown = sorted(set().union(*by_kind.values()) - shapes.keys()) if shapes else []
-    if unknown:
-        raise PlanMismatchError(
-            f"{path} holds tensors of {reprlib.repr(unknown)}, of which the plan gives no shape; copy the right "
-            f"{path.name} there, or save or download it again."
-        )
     for name, shape in shapes.items():
         parts = {kind: by_kind[kind][name].shape for kind in _FORMATS if name in by_kind[kind]}
         if not _fits(parts, *shape):
@@ -233,6 +228,16 @@ def _check_entries(path: Path, entries: Mapping[str, TensorEntry], shapes: Mappi
                 f"{path} holds {parts} for {name!r}, whose weight has shape {shape} in the plan; copy the right "
                 f"{path.name} there, or save or download it again."
             )
+
+
+def _check_known(path: Path, entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Where shapes are given nothing is read of which there is none: it could claim any size."""
+    unknown = sorted({key.partition(":")[2] for key in entries} - shapes.keys()) if shapes else []
+    if unknown:
+        raise PlanMismatchError(
+            f"{path} holds tensors of {reprlib.repr(unknown)}, of which the plan gives no shape; copy the right "
+            f"{path.name} there, or save or download it again."
+        )
 
 
 def _fits(parts: Mapping[str, tuple[int, ...]], out_features: int, in_features: int) -> bool:
