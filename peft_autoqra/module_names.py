@@ -7,6 +7,8 @@ import reprlib
 from peft_autoqra.errors import InvalidPlanError
 
 MAX_NAME_LENGTH = 512
+MAX_MODULES = 2**17
+"""More than any model has; mixtures of experts, whose experts are layers of their own, come to some 70,000."""
 
 
 def check_module_name(name: object) -> None:

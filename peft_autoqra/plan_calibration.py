@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.module_names import check_module_name
-from peft_autoqra.safetensors_file import TensorEntry, open_safetensors, tensor_entries
+from peft_autoqra.safetensors_file import TensorEntry, check_can_be_read, open_safetensors, tensor_entries
 
 CALIBRATION_FILE = "autoqra_calibration.safetensors"
 ADAPTER_CALIBRATION_FILE = "autoqra_adapter_calibration.safetensors"  # its own, so a plan may lie beside an adapter
@@ -127,9 +127,15 @@ class PlanCalibration:
         return PlanCalibration(input_second_moments=self.input_second_moments, codes=self.codes)
 
     def save(self, directory: Path, filename: str = CALIBRATION_FILE) -> None:
-        """Write a file into an existing directory."""
+        """Write a file into an existing directory.
+
+        Raises:
+            InvalidPlanError: it is too large to be read again.
+        """
         tensors = self._tensors()
-        save_file(tensors, directory / filename, metadata={"format": "np", _CHECKSUM: _checksum(tensors)})
+        metadata = {"format": "np", _CHECKSUM: _checksum(tensors)}
+        check_can_be_read(directory / filename, {key: tensor.shape for key, tensor in tensors.items()}, metadata)
+        save_file(tensors, directory / filename, metadata=metadata)
 
     def _tensors(self) -> dict[str, npt.NDArray[np.generic]]:
         tensors: dict[str, npt.NDArray[np.generic]] = {
@@ -151,7 +157,7 @@ class PlanCalibration:
         Args:
             path: of the file.
             digest: as the plan or adapter notes it.
-            shapes: module name to weight shape, where known: tensors of these modules have to fit.
+            shapes: module name to weight shape, where known: all tensors have to be of these modules, and fit.
 
         Raises:
             InvalidPlanError: the file is damaged or holds something else.
@@ -167,6 +173,7 @@ class PlanCalibration:
                     f"{path} belongs to another plan or adapter than the one beside it; copy the right {path.name} "
                     "there, or save or download plan or adapter again."
                 )
+            _check_known(path, entries, shapes or {})
             tensors = {key: file.get_tensor(key) for key in entries}
         if found != _checksum(tensors):
             raise InvalidPlanError(f"{path} is damaged (wrong checksum); save or download it again.")
@@ -221,6 +228,16 @@ def _check_entries(path: Path, entries: Mapping[str, TensorEntry], shapes: Mappi
                 f"{path} holds {parts} for {name!r}, whose weight has shape {shape} in the plan; copy the right "
                 f"{path.name} there, or save or download it again."
             )
+
+
+def _check_known(path: Path, entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Where shapes are given nothing is read of which there is none: it could claim any size."""
+    unknown = sorted({key.partition(":")[2] for key in entries} - shapes.keys()) if shapes else []
+    if unknown:
+        raise PlanMismatchError(
+            f"{path} holds tensors of {reprlib.repr(unknown)}, of which the plan gives no shape; copy the right "
+            f"{path.name} there, or save or download it again."
+        )
 
 
 def _fits(parts: Mapping[str, tuple[int, ...]], out_features: int, in_features: int) -> bool:

@@ -13,21 +13,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.safetensors_file import TensorEntry, open_safetensors, tensor_entries
+from peft_autoqra.module_names import MAX_MODULES
+from peft_autoqra.safetensors_file import TensorEntry, check_can_be_read, open_safetensors, tensor_entries
 
 PLAN_FILE = "autoqra_plan.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 1
-MAX_MODULES = 2**16
-"""More than any model has; mixtures of experts, whose experts are layers of their own, come to some 40,000."""
 
 _PLAN = "autoqra_plan"
 _VERSION = "autoqra_format_version"
 _CHECKSUM = "autoqra_checksum"
 _CALIBRATION_DIGEST = "autoqra_calibration_digest"
-_MAX_TEXT_LENGTH = 2**23
-_MAX_VALUES = 2**19
-_MAX_CONTAINERS = 2**17
+_MAX_TEXT_LENGTH = 2**25
+_MAX_VALUES = 8 * MAX_MODULES  # a name, bits, a rank and two sizes each
+_MAX_CONTAINERS = 2 * MAX_MODULES  # a shape each
 _MAX_DEPTH = 32
 
 
@@ -66,7 +65,9 @@ class PlanContent:
         for name, values in lists.items():
             kind = str if name == "modules" else int
             _check(isinstance(values, list) and all(type(value) is kind for value in values), name)
-            _check(len(values) == len(self.modules) <= MAX_MODULES, f"number of {name}")
+            _check(len(values) == len(self.modules), f"number of {name}")
+        if len(self.modules) > MAX_MODULES:
+            raise InvalidPlanError(f"It names {len(self.modules)} modules; at most {MAX_MODULES} are saved and read.")
         _check(len(set(self.modules)) == len(self.modules), "modules, one of which is named twice")
         for name in ("shapes", "quantizer", "base_model", "provenance"):
             _check(isinstance(getattr(self, name), dict), name)
@@ -94,10 +95,10 @@ def write_header(content: PlanContent, calibration_digest: str) -> dict[str, str
     """
     values = vars(content)
     text = json.dumps(values)
-    if _is_too_large(text) or _is_deeper(values, _MAX_DEPTH):
+    excess = _excess(text) or (f"more than {_MAX_DEPTH} levels" if _is_deeper(values, _MAX_DEPTH) else None)
+    if excess:
         raise InvalidPlanError(
-            f"The plan takes {len(text)} characters as JSON, which is more than can be read, or has too many levels "
-            "or parts; leave out parts of its provenance."
+            f"The plan takes {excess} as JSON, more than can be read again; leave out parts of its provenance."
         )
     metadata = {_VERSION: str(FORMAT_VERSION), _PLAN: text, _CALIBRATION_DIGEST: calibration_digest}
     return metadata | {_CHECKSUM: checksum(metadata)}
@@ -154,8 +155,12 @@ def save(path: Path, content: PlanContent, metadata: Mapping[str, str]) -> None:
         path: of the file.
         content: all of the plan.
         metadata: what :func:`write_header` made of it.
+
+    Raises:
+        InvalidPlanError: it is too large to be read again.
     """
     tensors = {"bits": np.array(content.bits, dtype=np.int32), "rank": np.array(content.rank, dtype=np.int32)}
+    check_can_be_read(path, {name: tensor.shape for name, tensor in tensors.items()}, metadata)
     save_file(tensors, path, metadata=dict(metadata))
 
 
@@ -172,7 +177,7 @@ def check_tensors(path: Path, bits: Sequence[int], ranks: Sequence[int]) -> None
     """
     wanted = TensorEntry("I32", (len(bits),))
     with open_safetensors(path) as file:
-        fits = tensor_entries(file, path) == {"bits": wanted, "rank": wanted}
+        fits = len(file.keys()) == 2 and tensor_entries(file, path) == {"bits": wanted, "rank": wanted}
         if fits and (file.get_tensor("bits").tolist(), file.get_tensor("rank").tolist()) == (list(bits), list(ranks)):
             return
     raise InvalidPlanError(f"Tensors and header of {path} disagree; save or download it again.")
@@ -186,21 +191,23 @@ def checksum(metadata: Mapping[str, str]) -> str:
 
 def _parse_json(text: str) -> dict[str, Any]:
     """A JSON object of bounded size and depth in which no key comes twice."""
-    if _is_too_large(text):
-        raise ValueError(f"{len(text)} characters of JSON, more than any plan has, or more parts")
+    excess = _excess(text)
+    if excess:
+        raise ValueError(f"{excess} of JSON, more than any plan has")
     content = json.loads(text, object_pairs_hook=_without_duplicates)
     if not isinstance(content, dict) or _is_deeper(content, _MAX_DEPTH):
         raise ValueError(f"no JSON object, or one of more than {_MAX_DEPTH} levels")
     return content
 
 
-def _is_too_large(text: str) -> bool:
-    """Whether JSON takes long to parse or much memory: an empty list takes 3 characters, and then 64 bytes."""
-    return (
-        len(text) > _MAX_TEXT_LENGTH
-        or text.count(",") > _MAX_VALUES
-        or text.count("[") + text.count("{") > _MAX_CONTAINERS
-    )
+def _excess(text: str) -> str | None:
+    """What makes JSON long to parse or large in memory: an empty list takes 3 characters, and then 64 bytes."""
+    limits = {
+        "characters": (len(text), _MAX_TEXT_LENGTH),
+        "values": (text.count(","), _MAX_VALUES),
+        "containers": (text.count("[") + text.count("{"), _MAX_CONTAINERS),
+    }
+    return next((f"{n} {what} (at most {most})" for what, (n, most) in limits.items() if n > most), None)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

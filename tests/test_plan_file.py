@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from peft_autoqra import plan_file
+from peft_autoqra import plan_file, safetensors_file
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.module_names import MAX_MODULES
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan
+from peft_autoqra.plan_calibration import PlanCalibration
 from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE, checksum
-from peft_autoqra.safetensors_file import MAX_HEADER_BYTES
+from peft_autoqra.safetensors_file import MAX_HEADER_BYTES, check_can_be_read
+from peft_autoqra.tuner.config import AutoQRAConfig
 from tests.hostile_files import little_memory, nested, read_raw, write_raw
 
 pytestmark = pytest.mark.timeout(30)
@@ -75,7 +78,7 @@ def test_a_billion_modules(tmp_path: Path) -> None:
         for index, name in enumerate(("bits", "rank"))
     }
     write_raw(tmp_path / PLAN_FILE, {"__metadata__": PLAN.to_metadata()} | table, data_bytes=8 * BILLION)
-    refused(tmp_path, "disagree")
+    refused(tmp_path, "bytes only .* are stored")
 
 
 @pytest.mark.parametrize("claim", [2**63, 2**64 - 1, MAX_HEADER_BYTES + 1, 10**8])
@@ -84,12 +87,18 @@ def test_a_header_that_claims_more_than_there_is(tmp_path: Path, claim: int) -> 
     refused(tmp_path, "claims a header of")
 
 
+def test_a_header_of_more_parts_than_any_has(tmp_path: Path) -> None:
+    shape = {"dtype": "U8", "shape": [1] * 3_000_000, "data_offsets": [0, 1]}
+    write_raw(tmp_path / PLAN_FILE, {"__metadata__": PLAN.to_metadata(), "bits": shape}, b"a")
+    refused(tmp_path, "commas, the most that is read is 2097152")
+
+
 def test_a_header_of_a_hundred_megabytes(tmp_path: Path) -> None:
     write_raw(tmp_path / PLAN_FILE, b"{}", data_bytes=10**8, header_bytes=10**8 - 2)
     refused(tmp_path, "claims a header of")
 
 
-@pytest.mark.parametrize("part", ["x" * 2**23, "[]," * 2**18, "0," * 2**20, '{"a":0},' * 2**17], ids=len)
+@pytest.mark.parametrize("part", ["x" * 2**25, "[]," * 2**19, "0," * 3 * 2**19, '{"a":0},' * 2**18], ids=len)
 def test_more_text_or_parts_than_any_plan_has(tmp_path: Path, part: str) -> None:
     text = json.dumps(CONTENT | {"provenance": ["HERE"]}).replace('"HERE"', part.rstrip(",") or "[]")
     write_raw(tmp_path / PLAN_FILE, {"__metadata__": sealed(text)})
@@ -97,16 +106,80 @@ def test_more_text_or_parts_than_any_plan_has(tmp_path: Path, part: str) -> None
 
 
 def test_more_modules_than_any_model_has(tmp_path: Path) -> None:
-    many = plan_file.MAX_MODULES + 1
+    many = MAX_MODULES + 1
     header = changed(modules=[str(index) for index in range(many)], bits=[4] * many, rank=[1] * many, shapes={})
     write_raw(tmp_path / PLAN_FILE, {"__metadata__": header})
-    refused(tmp_path, "number of modules")
+    refused(tmp_path, f"names {many} modules; at most {MAX_MODULES}")
+    with pytest.raises(InvalidPlanError, match=f"names {many} modules; at most {MAX_MODULES}"):
+        BitRankPlan({str(index): LayerPlan(4, 1) for index in range(many)}).save_pretrained(tmp_path)
+
+
+def test_a_plan_of_a_large_mixture_of_experts_is_read_again(tmp_path: Path) -> None:
+    names = [
+        f"model.language_model.layers.{layer}.mlp.experts.{expert}.{kind}_proj"
+        for layer in range(55)
+        for expert in range(384)
+        for kind in ("gate", "up", "down")
+    ]
+    layers = {name: LayerPlan((2, 3, 4)[index % 3], 8) for index, name in enumerate(names)}
+    plan = BitRankPlan(layers, shapes=dict.fromkeys(names, (7168, 2048)))
+    plan._save_pretrained(tmp_path)  # without its card
+    again = BitRankPlan.from_pretrained(tmp_path)
+    assert (len(again), again, again.shapes) == (63_360, plan, plan.shapes)
+
+
+def test_an_adapter_of_many_modules_is_read(tmp_path: Path) -> None:
+    """Its header holds the plan and two tensors a module; here they are empty."""
+    names = [f"model.layers.{index // 200}.mlp.experts.{index % 200}.down_proj" for index in range(20_000)]
+    plan = BitRankPlan(dict.fromkeys(names, LayerPlan(4, 8)), shapes=dict.fromkeys(names, (7168, 2048)))
+    tensors = {f"base_model.model.{n}.lora_{ab}.weight": np.zeros((0, 2048), np.float32) for n in names for ab in "AB"}
+    save_file(tensors, tmp_path / ADAPTER_FILE, metadata=plan.to_metadata())
+    assert BitRankPlan.from_pretrained(tmp_path) == plan
 
 
 def test_nothing_is_written_that_could_not_be_read() -> None:
-    for provenance in ({"log": "x" * 2**23}, {"nested": json.loads(nested(40))}):
-        with pytest.raises(InvalidPlanError, match="provenance"):
+    for provenance in ({"log": "x" * 2**25}, {"nested": json.loads(nested(40))}):
+        with pytest.raises(InvalidPlanError, match=r"(at most 33554432|more than 32 levels).*provenance"):
             PLAN.replace(provenance=provenance).to_metadata()
+
+
+@pytest.mark.parametrize(
+    ("limit", "match"),
+    [
+        ("MAX_TENSORS", r"10 tensors, .* is 9;"),
+        ("MAX_HEADER_BYTES", r"\d+ bytes of header, .* is 9;"),
+        ("_MAX_COMMAS", r"\d+ commas in its header, .* is 9;"),
+    ],
+)
+def test_headers_that_could_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, match: str
+) -> None:
+    shapes = {str(index): (2, 3) for index in range(10)}
+    check_can_be_read(tmp_path / PLAN_FILE, shapes, {"a": "b"})
+    monkeypatch.setattr(safetensors_file, limit, 9)
+    with pytest.raises(InvalidPlanError, match=match):
+        check_can_be_read(tmp_path / PLAN_FILE, shapes, {"a": "b"})
+    save_file({name: np.zeros(shape) for name, shape in shapes.items()}, tmp_path / PLAN_FILE)
+    with (
+        pytest.raises(InvalidPlanError, match="the most that is read is 9"),
+        safetensors_file.open_safetensors(tmp_path / PLAN_FILE) as file,
+    ):
+        safetensors_file.tensor_entries(file, tmp_path / PLAN_FILE)
+
+
+def test_no_file_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a.lora_A.weight": np.zeros(1)}, tmp_path / ADAPTER_FILE)
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", 500)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    config = AutoQRAConfig(plan=PLAN)
+    calibration = PlanCalibration(input_second_moments={f"a.{index}": np.zeros(1, np.float32) for index in range(20)})
+    for save in (PLAN._save_pretrained, calibration.save):
+        with pytest.raises(InvalidPlanError, match=r"would hold .* is 500;"):
+            save(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(InvalidPlanError, match=r"would hold .* is 500;"):
+        config.save_pretrained(str(tmp_path))
+    assert (tmp_path / ADAPTER_FILE).read_bytes() == before[tmp_path / ADAPTER_FILE]
 
 
 # ------------------------------------------------------------------------------------------------------------ content

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
+from peft_autoqra.quant.quantized_weight import group_scales
 from peft_autoqra.safetensors_file import TensorEntry, open_safetensors, tensor_entries
 
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8"}
@@ -80,16 +81,16 @@ def check_filled(model: nn.Module, module_names: Iterable[str]) -> None:
         tensors = layer.parameters(recurse=False)
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             raise InvalidPlanError(f"The checkpoint lacks tensors of {name!r}; save or download the model again.")
-        if not torch.isfinite(_scales(layer)).all():
+        if not all(torch.isfinite(values).all() for values in _scales(layer)):
             raise InvalidPlanError(
                 f"The checkpoint's scales of {name!r} are not finite; save or download the model again."
             )
 
 
-def _scales(layer: nn.Module) -> Tensor:
-    """The floating-point numbers that a layer keeps as bytes; none for a layer that is not quantized."""
+def _scales(layer: nn.Module) -> tuple[Tensor, ...]:
+    """The scales and offsets that a layer's bytes are decoded with; none for a layer that is not quantized."""
     if isinstance(layer, QuantLinear):
-        return layer.scale_base.view(torch.bfloat16)
+        return group_scales(layer.bits, layer.scale_codes, layer.scale_base)
     if isinstance(layer, Int8Linear):
-        return layer.scale_bytes.view(torch.float32)
-    return torch.empty(0)
+        return (layer.scale_bytes.view(torch.float32),)
+    return ()

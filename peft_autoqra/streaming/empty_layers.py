@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_autoqra.dense_layers import as_linear, dense_shape, is_dense_layer
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
+from peft_autoqra.plan import DENSE_BITS
 from peft_autoqra.quant.decoded_linear import DecodedLinear
 from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
@@ -29,11 +30,11 @@ def fitting_names(model: nn.Module, modules: Mapping[str, QuantizedModule]) -> d
 
 
 def put_empty_layers(model: nn.Module, modules: Mapping[str, QuantizedModule]) -> None:
-    """Swap linear layers on the meta device for quantized ones on the meta device.
+    """Swap the linear layers below 16 bits on the meta device for quantized ones on the meta device.
 
     Args:
         model: on the meta device.
-        modules: what config.json notes of the layers below 16 bits.
+        modules: what config.json notes of the layers; those of 16 bits are checked only.
 
     Raises:
         PlanMismatchError: the model has no such linear layer, or one of another shape.
@@ -45,14 +46,22 @@ def put_empty_layers(model: nn.Module, modules: Mapping[str, QuantizedModule]) -
         if layer is None or not is_dense_layer(layer) or dense_shape(layer) != module.shape:
             close = difflib.get_close_matches(name, layers, n=3)
             raise PlanMismatchError(
-                f"config.json says that {name!r} is a quantized linear layer of shape {module.shape}, the model has "
-                f"{layer!r} there; close names: {close}. Save or download the model again."
+                f"config.json says that {name!r} is a linear layer of shape {module.shape}, the model has "
+                f"{_describe(layer)} there; close names: {close}. Save or download the model again."
             )
     for name, module in modules.items():
+        if module.bits == DENSE_BITS:
+            continue
         layer = layers[name]
         empty = _empty_layer(name, module, as_linear(layer))
         empty.dense_class = type(layer)
         model.set_submodule(name, empty.train(layer.training))
+
+
+def _describe(layer: nn.Module | None) -> str:
+    if layer is None:
+        return "nothing"
+    return type(layer).__name__ + (f" of shape {dense_shape(layer)}" if is_dense_layer(layer) else "")
 
 
 def _empty_layer(name: str, module: QuantizedModule, linear: nn.Linear) -> DecodedLinear:

@@ -115,9 +115,8 @@ class AutoQRAHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             config = self.quantization_config
             self.quantization_config = config.loaded(fitting_names(model, config.modules), config.base_fingerprint)
-            quantized = self.quantization_config.quantized_modules
-            put_empty_layers(model, quantized)
-            check_code_entries(model, quantized, checkpoint_files or ())
+            put_empty_layers(model, self.quantization_config.modules)
+            check_code_entries(model, self.quantization_config.quantized_modules, checkpoint_files or ())
         else:
             self._stream = WeightStream(model, self.quantization_config, checkpoint_files or ())
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.module_names import MAX_MODULES, check_module_name
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_file import FORMAT_VERSION
 from peft_autoqra.tuner.config import AutoQRAConfig
@@ -51,6 +52,10 @@ class QuantizedModule:
         if not isinstance(self.calibration_digest, str | None):
             raise InvalidPlanError(f"calibration_digest={reprlib.repr(self.calibration_digest)} must be text.")
         object.__setattr__(self, "shape", shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModule:
+        """Itself: it is immutable, and transformers copies configurations often."""
+        return self
 
 
 class AutoQRAQuantConfig(QuantizationConfigMixin):
@@ -213,8 +218,19 @@ def _check_types(bits_pattern: object, modules: object, base_fingerprint: object
     for name, value in (("bits_pattern", bits_pattern), ("modules", modules)):
         if value is not None and not isinstance(value, Mapping):
             raise InvalidPlanError(f"{name}={reprlib.repr(value)} must be a mapping from module names.")
+    if isinstance(modules, Mapping):
+        _check_number("modules", len(modules))
+        for name in modules:
+            check_module_name(name)
     if not isinstance(base_fingerprint, str | None):
         raise InvalidPlanError(f"base_fingerprint={reprlib.repr(base_fingerprint)} must be text; leave it out.")
+
+
+def _check_number(field: str, number: int) -> None:
+    if number > MAX_MODULES:
+        raise InvalidPlanError(
+            f"{field} names {number} modules, at most {MAX_MODULES} are saved and read; name fewer."
+        )
 
 
 def _read_names(target_modules: str | Iterable[str] | None) -> str | list[str] | None:
@@ -225,6 +241,7 @@ def _read_names(target_modules: str | Iterable[str] | None) -> str | list[str] |
         raise InvalidPlanError(
             f"target_modules={reprlib.repr(target_modules)} must be 'all-linear', a pattern, or names."
         )
+    _check_number("target_modules", len(names))
     return sorted(names)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +18,9 @@ from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.plan_file import ADAPTER_FILE, FORMAT_VERSION
+from peft_autoqra.safetensors_file import check_can_be_read
 from peft_autoqra.tuner.adapter_card import AdapterCard, FineTuneFigures
-from peft_autoqra.tuner.patterns import check_syntax
+from peft_autoqra.tuner.patterns import check_counts, check_syntax
 
 COMPENSATE = "compensate"
 _REWRITING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
@@ -151,7 +154,11 @@ class AutoQRAConfig(LoraConfig):
                     "rank 0: an adapter needs a rank of at least 1. Only a plan may hold 0 (no adapter); without one, "
                     "narrow target_modules."
                 )
+        self._check_alphas()
         check_syntax(vars(self))
+        check_counts(
+            {name: value for name, value in vars(self).items() if name not in ("rank_pattern", "bits_pattern")}
+        )
         check_leaves_weights(self)
         if self.init_lora_weights == "eva":
             raise InvalidPlanError(
@@ -165,6 +172,19 @@ class AutoQRAConfig(LoraConfig):
             )
         if self.layer_replication:
             raise InvalidPlanError("layer_replication is not supported with AutoQRA; replicate the layers beforehand.")
+
+    def _check_alphas(self) -> None:
+        alphas = [] if self.lora_alpha is None else [("lora_alpha", self.lora_alpha)]
+        for field_name, alpha in [
+            *alphas,
+            *(("alpha_pattern", alpha) for alpha in (self.alpha_pattern or {}).values()),
+        ]:
+            is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+            if not is_number or not 0 < alpha <= sys.float_info.max:
+                raise InvalidPlanError(
+                    f"{field_name} is {reprlib.repr(alpha)}; give a finite positive number such as 8; where it comes "
+                    "from a plan's provenance, give lora_alpha beside the plan."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content. The plan is left out: the patterns say the same."""
@@ -237,6 +257,7 @@ def _add_header(path: Path, metadata: dict[str, str]) -> None:
     """Rewrite a safetensors file with more metadata; atomic."""
     with safe_open(path, framework="pt") as file:
         merged = {**(file.metadata() or {}), **metadata}
+        check_can_be_read(path, {key: file.get_slice(key).get_shape() for key in file.keys()}, merged)  # noqa: SIM118
     partial = path.with_suffix(".partial")
     save_file(load_file(path), partial, metadata=merged)
     partial.replace(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from peft_autoqra.errors import InvalidPlanError
@@ -28,6 +28,15 @@ _MAX_WAYS = 5_000_000
 _WAYS_PER_CHARACTER = 100
 """For compiling it."""
 
+MAX_LIST_LENGTH = 128
+"""Of names that PEFT tries one after the other on each module, most of them as patterns."""
+
+MAX_KEYS = 256
+"""Of a mapping, exact ones aside; Python keeps 512 compiled patterns, and more would be compiled for each module."""
+
+_LISTS = ("exclude_modules", "layers_pattern", "modules_to_save")
+_MAPPINGS = ("rank_pattern", "alpha_pattern", "bits_pattern")
+
 _KEY = r"(.*\.)?({})$"
 _WRAPPED = {
     "target_modules": "{}",
@@ -40,6 +49,7 @@ _WRAPPED = {
 }
 """What PEFT makes of a field's pattern before it matches, which may change its meaning: ``{9}`` alone is text."""
 
+_ESCAPED, _CHARACTER = re.compile(r"\\(.)", re.DOTALL), r"\1"
 _EXACT = re.compile(r"\^?(?:[\w .:<>-]|\\\W)*\$?")
 _SINGLES = {opcodes.LITERAL, opcodes.NOT_LITERAL, opcodes.ANY, opcodes.IN, opcodes.AT}
 _REPEATS = {opcodes.MAX_REPEAT, opcodes.MIN_REPEAT, getattr(opcodes, "POSSESSIVE_REPEAT", None)}
@@ -68,16 +78,18 @@ def check_syntax(settings: Mapping[str, Any]) -> None:
 def check_patterns_of_file(settings: Mapping[str, Any]) -> None:
     """Refuse patterns that could take for ever; whoever shares a file chooses them, and others run them.
 
-    Exact names, escaped or not, always pass. So do regular expressions without back-references, in which no repeat or
-    alternative lies inside a repeat, and that can match a name of 100 characters in 5 million ways at most, all of
-    them together: three ``.*`` with two alternatives pass, four do not. What a user writes in Python may be anything.
+    Exact names, escaped or not, pass up to the limits of :func:`check_counts`. So do regular expressions without
+    back-references, in which no repeat or alternative lies inside a repeat, and that can match a name of 100
+    characters in 5 million ways at most, all of them together: three ``.*`` with two alternatives pass, four do not.
+    What a user writes in Python may be any pattern.
 
     Args:
         settings: name of a configuration's field to its value.
 
     Raises:
-        InvalidPlanError: a pattern of another kind.
+        InvalidPlanError: a pattern of another kind, or too many.
     """
+    check_counts(settings)
     ways = 0
     for field, pattern in _patterns(settings):
         if len(pattern) > MAX_PATTERN_LENGTH:
@@ -91,6 +103,44 @@ def check_patterns_of_file(settings: Mapping[str, Any]) -> None:
             raise InvalidPlanError(_refusal(field, pattern, f"cannot be used ({error})")) from error
         if ways > _MAX_WAYS:
             raise InvalidPlanError(_refusal(field, pattern, "could take too long, alone or after those before it"))
+
+
+def check_counts(settings: Mapping[str, Any]) -> None:
+    """Refuse more names and patterns than can be tried on every module.
+
+    Keys that name one module each (see :func:`is_exact`) are looked up, so a mapping may hold as many as it likes.
+
+    Args:
+        settings: name of a configuration's field to its value.
+
+    Raises:
+        InvalidPlanError: too many of another kind.
+    """
+    for field in _LISTS:
+        names = settings.get(field)
+        if isinstance(names, list | tuple | set) and len(names) > MAX_LIST_LENGTH:
+            raise InvalidPlanError(
+                f"{field} lists {len(names)} names, at most {MAX_LIST_LENGTH} can be saved and read; write names that "
+                "end several modules' names, or a pattern."
+            )
+    for field in _MAPPINGS:
+        keys = settings.get(field)
+        num_others = len(inexact(keys)) if isinstance(keys, Mapping) else 0
+        if num_others > MAX_KEYS:
+            raise InvalidPlanError(
+                f"{field} holds {num_others} keys that are no exact names, at most {MAX_KEYS} can be saved and read; "
+                "write '^' and the escaped name of each module, or patterns that match more."
+            )
+
+
+def is_exact(key: str) -> bool:
+    """Whether a key is what ``exact_pattern`` makes of a module's name: it matches that module only."""
+    return key.startswith("^") and key == f"^{re.escape(re.sub(_ESCAPED, _CHARACTER, key[1:]))}"
+
+
+def inexact(keys: Iterable[str]) -> list[str]:
+    """The keys that have to be tried one after the other."""
+    return [key for key in keys if not (isinstance(key, str) and is_exact(key))]
 
 
 def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from functools import wraps
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import MixedModel
 from peft.utils import PeftType, hotswap
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from peft_autoqra.errors import InvalidPlanError
@@ -22,9 +21,10 @@ from peft_autoqra.hub_files import locate_file
 from peft_autoqra.plan import LayerPlan
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.quant.decoded_linear import DecodedLinear
-from peft_autoqra.tuner.config import AutoQRAConfig, exact_pattern
+from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel
 from peft_autoqra.tuner.saved_config import read_saved_config
+from peft_autoqra.tuner.targets import matching_keys
 
 _BASE_KEYS = ["bits_pattern", "group_size", "quant_backend", "calibration_digest", "base_fingerprint"]
 """An adapter is swapped for another in place only where both were trained on the same base."""
@@ -63,7 +63,15 @@ def _with_calibration(original: Any) -> Any:
     def from_pretrained(
         cls: type, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (AttributeError, RecursionError, TypeError, UnicodeDecodeError, JSONDecodeError) as error:
+            if not issubclass(cls, AutoQRAConfig):  # what cannot be read may be of any method
+                raise
+            raise InvalidPlanError(
+                f"The adapter_config.json in {pretrained_model_name_or_path!r} is damaged ({error}); save or download "
+                "the adapter again."
+            ) from error
         if isinstance(config, AutoQRAConfig) and config.calibration_digest:
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)  # type: ignore[attr-defined]
             path = _locate_calibration(pretrained_model_name_or_path, subfolder, hub_kwargs)
@@ -115,28 +123,29 @@ def _with_scalings(original: Any) -> Any:
         if not isinstance(config, AutoQRAConfig):
             return
         own = model.peft_config[adapter_name]
+        plan = own.plan if isinstance(own, AutoQRAConfig) else None
         if isinstance(own, AutoQRAConfig):
             for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
                 setattr(own, field, copy.copy(getattr(config, field)))
-        layers = dict(own.plan) if isinstance(own, AutoQRAConfig) and own.plan is not None else {}
-        for name, module in model.named_modules():
-            if isinstance(module, LoraLayer) and adapter_name in module.scaling:
-                name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
-                rank = _entry(config.rank_pattern, name, config.r)
-                alpha = _entry(config.alpha_pattern, name, config.lora_alpha)
-                hotswap._update_scaling(module, adapter_name, alpha / (rank**0.5 if config.use_rslora else rank))
-                _drop_padding(module, adapter_name, rank)
-                if name in layers:
-                    layers[name] = LayerPlan(layers[name].bits, rank)
-        if layers:
-            own.plan = own.plan.replace(layers=layers)
+        layers = {
+            name.replace("_orig_mod.", "").removeprefix("base_model.model."): module
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer) and adapter_name in module.scaling
+        }
+        planned = dict(plan or {})
+        rank_keys = matching_keys(config.rank_pattern, layers)
+        alpha_keys = matching_keys(config.alpha_pattern, layers)
+        for name, module in layers.items():
+            rank = config.rank_pattern.get(rank_keys.get(name, ""), config.r)
+            alpha = config.alpha_pattern.get(alpha_keys.get(name, ""), config.lora_alpha)
+            hotswap._update_scaling(module, adapter_name, float(alpha / (rank**0.5 if config.use_rslora else rank)))
+            _drop_padding(module, adapter_name, rank)
+            if name in planned:
+                planned[name] = LayerPlan(planned[name].bits, rank)
+        if plan is not None:
+            own.plan = plan.replace(layers=planned)
 
     return hotswap_adapter_from_state_dict
-
-
-def _entry(pattern: Mapping[str, Any], module_name: str, default: Any) -> Any:
-    exact = exact_pattern(module_name)  # a plan has one for each module: no need to try them all
-    return pattern[exact] if exact in pattern else pattern.get(get_pattern_key(pattern, module_name), default)
 
 
 def _drop_padding(layer: LoraLayer, adapter_name: str, rank: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 import warnings
 from collections.abc import Mapping
@@ -11,13 +10,15 @@ from typing import Any
 from peft.config import _check_and_remove_unused_kwargs
 
 from peft_autoqra.errors import InvalidPlanError
-from peft_autoqra.plan_file import FORMAT_VERSION, MAX_MODULES
+from peft_autoqra.module_names import MAX_MODULES
+from peft_autoqra.plan import MAX_SIZE
+from peft_autoqra.plan_file import FORMAT_VERSION
 from peft_autoqra.tuner.config import AutoQRAConfig
-from peft_autoqra.tuner.patterns import check_patterns_of_file
+from peft_autoqra.tuner.patterns import MAX_LIST_LENGTH, check_patterns_of_file
 
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("r", "bits", "group_size"), (int,)),
-    **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
+    "lora_dropout": (int, float),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
     "base_is_quantized": (bool,),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "bits_pattern"), (dict,)),
@@ -25,10 +26,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("modules_to_save", "target_parameters"), (list,)),
     **dict.fromkeys(("quant_backend", "base_fingerprint", "calibration_digest", "bias"), (str,)),
     **dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), (str,)),
-    "layers_to_transform": (int, list),
     "init_lora_weights": (bool, str),
 }
 """Fields that decide what becomes of the model; PEFT looks after the others."""
+
+_MAX_PARAMETERS = 1024
+"""PEFT tries each on each parameter."""
+
+_MAX_INDICES = 2**20
+"""No vocabulary is larger."""
 
 
 def read_saved_config(settings: Mapping[str, Any]) -> AutoQRAConfig:
@@ -70,23 +76,40 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     for field, types in _TYPES.items():
         if settings.get(field) is not None and not _has_type(settings[field], types):
             raise InvalidPlanError(_damage(field, settings[field]))
-    for field in ("lora_alpha", "lora_dropout"):
-        if not math.isfinite(settings.get(field) or 0):
-            raise InvalidPlanError(_damage(field, settings[field]))
+    _check_indices(settings)
+    if len(settings.get("target_parameters") or ()) > _MAX_PARAMETERS:
+        raise InvalidPlanError(_damage("target_parameters", settings["target_parameters"]))
     if not 0 <= (settings.get("lora_dropout") or 0) <= 1:
         raise InvalidPlanError(_damage("lora_dropout", settings["lora_dropout"]))
-    for alpha in (settings.get("alpha_pattern") or {}).values():
-        if not _has_type(alpha, (int, float)) or not math.isfinite(alpha):
-            raise InvalidPlanError(_damage("alpha_pattern", alpha))
+
+
+def _check_indices(settings: Mapping[str, Any]) -> None:
+    """Of layers, an index or several; of tokens, several, or several by the name of their embedding."""
+    layers, tokens = settings.get("layers_to_transform"), settings.get("trainable_token_indices")
+    if layers is not None and not _are_indices(layers if isinstance(layers, list) else [layers]):
+        raise InvalidPlanError(_damage("layers_to_transform", layers))
+    by_name = tokens if isinstance(tokens, dict) else {"embed_tokens": tokens}
+    if tokens is not None and not (
+        0 < len(by_name) <= MAX_LIST_LENGTH and all(by_name) and all(_are_indices(part) for part in by_name.values())
+    ):
+        raise InvalidPlanError(_damage("trainable_token_indices", tokens))
+
+
+def _are_indices(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_INDICES
+        and all(type(index) is int and 0 <= index <= MAX_SIZE for index in value)
+    )
 
 
 def _has_type(value: object, types: tuple[type, ...]) -> bool:
-    """Of one of these types; True is no number, lists hold one type, and containers are as small as real ones."""
+    """Of one of these types; True is no number, lists hold names, and containers are as small as real ones."""
     if isinstance(value, bool):
         return bool in types
     if isinstance(value, list):
-        inside = (int,) if int in types else (str,)
-        return list in types and len(value) <= MAX_MODULES and all(_has_type(part, inside) for part in value)
+        are_names = all(isinstance(part, str) and part for part in value)
+        return list in types and len(value) <= MAX_MODULES and are_names
     return isinstance(value, types) and not (isinstance(value, dict) and len(value) > MAX_MODULES)
 
 

@@ -6,6 +6,8 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import (
@@ -27,6 +29,7 @@ from peft_autoqra.quant.nf4 import NF4Linear
 from peft_autoqra.target_modules import check_no_fused_experts, check_untied
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, exact_pattern
 from peft_autoqra.tuner.layer import QuantLoRALinear
+from peft_autoqra.tuner.patterns import inexact
 
 _ADAPTABLE = (*DENSE_LAYERS, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -108,9 +111,7 @@ def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
         _check_names(config.plan, layers)
     targets = []
     matched = set()
-    bits_keys, rank_keys = (
-        _matching_keys(patterns, layers) for patterns in (config.bits_pattern, config.rank_pattern)
-    )
+    bits_keys, rank_keys = (matching_keys(patterns, layers) for patterns in (config.bits_pattern, config.rank_pattern))
     for name, layer in layers.items():
         bits_key, rank_key = bits_keys.get(name), rank_keys.get(name)
         found = check_target_module_exists(config, name)
@@ -129,15 +130,18 @@ def _resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
     return targets
 
 
-def _matching_keys(patterns: Mapping[str, int], layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Module name to the key that decides it: its exact pattern, else the first that matches, as in PEFT.
+def matching_keys(patterns: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Name to the key that decides it: its exact pattern, else the first that matches, as in PEFT.
 
     A plan has an exact pattern for each module; trying all on all would take minutes on a large model.
+
+    Args:
+        patterns: of a configuration.
+        names: of modules; those that no key matches are left out of the result.
     """
-    exact = {name: key for name in layers if (key := exact_pattern(name)) in patterns}
-    exact_keys = set(exact.values())
-    others = [key for key in patterns if key not in exact_keys]
-    keys = {name: exact.get(name) or get_pattern_key(others, name) for name in layers}
+    others = inexact(patterns)
+    exact = {name: exact_pattern(name) for name in names}
+    keys = {name: key if key in patterns else get_pattern_key(others, name) for name, key in exact.items()}
     return {name: key for name, key in keys.items() if key in patterns}
 
 
@@ -146,7 +150,8 @@ def _check_matches(
 ) -> None:
     """Every name and pattern has to match something."""
     wanted = config.target_modules
-    suffixes = [s for s in wanted if not _is_suffix_of_any(s, layers)] if not isinstance(wanted, str) else []
+    found = _suffixes(layers)
+    suffixes = [suffix for suffix in wanted if suffix not in found] if not isinstance(wanted, str) else []
     if suffixes or not (config.target_parameters or any(target.wanted.rank for target in targets)):
         raise InvalidPlanError(f"target_modules {suffixes or wanted} match no module; {_examples(layers)}")
     matched = matched | parameter_rank_patterns(layers, config).keys()
@@ -161,18 +166,23 @@ def _check_matches(
 
 def parameter_rank_patterns(layers: Mapping[str, nn.Module], config: AutoQRAConfig) -> dict[str, int]:
     """The entries of ``rank_pattern`` that decide over ``target_parameters`` and not over modules."""
-    keys = {get_pattern_key(config.rank_pattern, name) for name in _targeted_parameters(layers, config)}
+    keys = set(matching_keys(config.rank_pattern, _targeted_parameters(layers, config)).values())
     return {key: rank for key, rank in config.rank_pattern.items() if key in keys}
 
 
 def _targeted_parameters(layers: Mapping[str, nn.Module], config: AutoQRAConfig) -> list[str]:
-    wanted = config.target_parameters or ()
+    wanted = set(config.target_parameters or ())
+    if not wanted:
+        return []
     names = [f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters(recurse=False)]
-    return [name for name in names if any(name == key or name.endswith(f".{key}") for key in wanted)]
+    return [name for name in names if not wanted.isdisjoint(_suffixes([name]))]
 
 
-def _is_suffix_of_any(suffix: str, names: Iterable[str]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for name in names)
+def _suffixes(names: Iterable[str]) -> set[str]:
+    """Everything that ends a name: the whole and what follows each dot."""
+    return {
+        suffix for name in names for suffix in accumulate(reversed(name.split(".")), lambda end, part: f"{part}.{end}")
+    }
 
 
 def _examples(layers: Mapping[str, nn.Module]) -> str:
@@ -255,8 +265,9 @@ def _check_parameters(model: nn.Module, targets: list[Target], config: AutoQRACo
         shape = getattr(layers[module_name], own_name).shape
         _check_rank(name, (shape[-2] if len(shape) > 1 else 1, shape[-1]), config.rank_pattern.get(key, config.r))
     quantized = [target.name for target in targets if target.wanted.bits != DENSE_BITS]
+    weights = _suffixes(f"{name}.weight" for name in quantized)
     for key in config.target_parameters or ():
-        if _is_suffix_of_any(key, (f"{name}.weight" for name in quantized)):
+        if key in weights:
             raise InvalidPlanError(
                 f"target_parameters names {key!r}, the weight of a layer that is quantized; name the layer in "
                 "target_modules, or keep it at 16 bits."
@@ -274,9 +285,9 @@ def check_not_saved_whole(quantized_names: Iterable[str], config: LoraConfig) ->
         InvalidPlanError: such a layer is, or lies in, one of ``modules_to_save``.
     """
     for name in quantized_names:
-        parents = [name[:end] for end in range(1, len(name) + 1) if name[end : end + 1] in (".", "")]
+        parents = _suffixes(accumulate(name.split("."), lambda start, part: f"{start}.{part}"))
         for key in config.modules_to_save or ():
-            if _is_suffix_of_any(key, parents):
+            if key in parents:
                 raise InvalidPlanError(
                     f"modules_to_save names {key!r}, to be trained as a whole, and {name!r} is quantized. Keep that "
                     "layer at 16 bits (in the plan or bits_pattern), or leave it out of modules_to_save."

@@ -76,6 +76,14 @@ def test_scales_that_are_no_numbers(quantized: Path, tmp_path: Path, backend: st
         load_dense(folder)
 
 
+def test_scales_that_overflow_when_they_are_decoded(quantized: Path, tmp_path: Path) -> None:
+    """Each byte is of a finite number."""
+    largest = lambda base: torch.full((base.numel() // 2,), 3e38, dtype=torch.bfloat16).view(torch.uint8).view_as(base)  # noqa: E731
+    folder = copied(quantized / "native", tmp_path / "damaged", {f"{NAME}.scale_base": largest})
+    with pytest.raises(InvalidPlanError, match=f"scales of '{NAME}' are not finite"):
+        load_dense(folder)
+
+
 @pytest.mark.parametrize("backend", ["native", "int8"])
 def test_a_layer_that_the_configuration_forgot(quantized: Path, tmp_path: Path, backend: str) -> None:
     folder = copied(quantized / backend, tmp_path / "damaged", {}, forgotten=NAME)

@@ -10,6 +10,8 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from peft_autoqra import AutoQRAQuantConfig, BitRankPlan, LayerPlan
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.module_names import MAX_MODULES
+from peft_autoqra.streaming.quant_config import QuantizedModule
 from tests.conftest import TinyLlamaFactory
 from tests.tuner.synthetic import calibrated_plan, mixed_plan
 
@@ -76,8 +78,16 @@ def test_json_holds_no_calibration(tiny_llama: TinyLlamaFactory) -> None:
         ({"quant_method": "gptq"}, "another quantizer"),
         ({"autoqra_version": 2}, "upgrade"),
         ({"modules": {"a": {"bits": 3}}}, "damaged"),
+        ({"modules": {"a/b": QuantizedModule(bits=3, shape=(8, 8))}}, "names the module 'a/b'"),
+        ({"modules": dict.fromkeys(range(MAX_MODULES + 1))}, f"{MAX_MODULES + 1} modules, at most {MAX_MODULES}"),
+        ({"target_modules": map(str, range(MAX_MODULES + 1))}, f"{MAX_MODULES + 1} modules, at most {MAX_MODULES}"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(InvalidPlanError, match=match):
         AutoQRAQuantConfig(**settings)
+
+
+def test_copies_share_what_cannot_change() -> None:
+    config = AutoQRAQuantConfig(modules={"a": {"bits": 3, "shape": [8, 8], "group_size": 8}})
+    assert copy.deepcopy(config).modules["a"] is config.modules["a"]

@@ -169,9 +169,14 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def test_damaged_configurations_are_refused(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
     _, _, folder = save_quantized(tiny_llama, tmp_path)
     good: dict[str, Any] = {"bits": 3, "shape": [128, 64], "group_size": 32, "calibration_digest": None}
+    dense = {"bits": 16, "shape": [128, 64]}
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"modules": {}}, InvalidPlanError, "lists no modules"),
-        ({"modules": {"nowhere": good}}, PlanMismatchError, "'nowhere' is a quantized linear layer"),
+        ({"modules": {"nowhere": good}}, PlanMismatchError, "'nowhere' is a linear layer .* nothing there"),
+        ({"modules": {"nowhere": dense}}, PlanMismatchError, "'nowhere' is a linear layer .* nothing there"),
+        ({"modules": {NAME: good, "model.norm": dense}}, PlanMismatchError, "model has LlamaRMSNorm there"),
+        ({"modules": {NAME: good, "": dense}}, InvalidPlanError, "names the module ''"),
+        ({"modules": {NAME: dense | {"shape": [4, 4]}}}, PlanMismatchError, r"has Linear of shape \(128, 64\) there"),
         ({"modules": {NAME: good | {"shape": [4, 4]}}}, PlanMismatchError, "shape"),
         ({"modules": {NAME: good | {"group_size": 48}}}, InvalidPlanError, "group_size=48"),
         ({"modules": {NAME: good | {"group_size": None}}}, InvalidPlanError, "group size None"),

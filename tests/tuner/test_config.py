@@ -155,3 +155,16 @@ def test_saving_without_an_adapter_beside_it(tmp_path: Path) -> None:
 
 def test_exact_patterns_match_one_name_only() -> None:
     assert exact_pattern("model.layers.1.q_proj") == r"^model\.layers\.1\.q_proj"
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "x", 10**400, -1, 0, True, [1]])
+def test_alphas_that_are_no_positive_numbers(alpha: Any) -> None:
+    plan = BitRankPlan({"a": LayerPlan(4, 4)}, provenance={"lora_alpha": alpha})
+    for settings in ({"plan": plan}, {"lora_alpha": alpha}, {"alpha_pattern": {"a": alpha}}):
+        with pytest.raises(InvalidPlanError, match=r"(lora_alpha|alpha_pattern) is .* positive number"):
+            AutoQRAConfig(**settings)
+
+
+def test_alphas_may_be_fractions() -> None:
+    config = AutoQRAConfig(lora_alpha=0.5, alpha_pattern={"a": 2.5, "b": 3})  # type: ignore[arg-type]
+    assert (config.lora_alpha, config.alpha_pattern) == (0.5, {"a": 2.5, "b": 3})

@@ -1,13 +1,15 @@
 """Patterns that come with a file: ordinary ones pass, those that could run for ever do not."""
 
 import re
+import time
 
 import pytest
 from peft.utils.other import get_pattern_key
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.tuner.config import AutoQRAConfig, exact_pattern
-from peft_autoqra.tuner.patterns import MAX_PATTERN_LENGTH, check_patterns_of_file, check_syntax
+from peft_autoqra.tuner.patterns import MAX_PATTERN_LENGTH, check_patterns_of_file, check_syntax, is_exact
+from peft_autoqra.tuner.targets import matching_keys
 
 pytestmark = pytest.mark.timeout(30)
 NAME = "model.decoder.layers.31.block.7.SelfAttention.experts.127.q_projection_of_some_length_"
@@ -79,9 +81,53 @@ def test_many_patterns_together_are_refused() -> None:
     patterns = {rf"{index}.*x.*": 4 for index in range(1000)}
     check_patterns_of_file({"rank_pattern": dict(list(patterns.items())[:1])})
     with pytest.raises(InvalidPlanError, match="too long"):
-        check_patterns_of_file({"rank_pattern": patterns})
-    with pytest.raises(InvalidPlanError, match="too long"):
-        check_patterns_of_file({"rank_pattern": {f"a[b]{index}": 4 for index in range(10_000)}})
+        check_patterns_of_file({"rank_pattern": dict(list(patterns.items())[:256])})
+
+
+@pytest.mark.parametrize("key", ["zz{}", r"zz\.{}", "a[b]{}", "^zz.{}", "^zz{}$"])
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "bits_pattern"])
+def test_keys_that_have_to_be_tried_are_few(field: str, key: str) -> None:
+    """Each is tried on each module, and Python compiles them again and again where there are too many."""
+    exact = {exact_pattern(f"model.layers.{index}"): 4 for index in range(1000)}
+    check_patterns_of_file({field: exact | {key.format(index): 4 for index in range(256)}})
+    with pytest.raises(InvalidPlanError, match=f"{field} holds 257 keys .* at most 256"):
+        check_patterns_of_file({field: exact | {key.format(index): 4 for index in range(257)}})
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "layers_pattern", "exclude_modules"])
+def test_lists_that_are_tried_on_each_module_are_short(field: str) -> None:
+    check_patterns_of_file({field: [f"zz{index}" for index in range(128)]})
+    names = [f"zz{index}" for index in range(129)]
+    for check in (lambda: check_patterns_of_file({field: names}), lambda: AutoQRAConfig(**{field: names})):
+        with pytest.raises(InvalidPlanError, match=f"{field} lists 129 names, at most 128"):
+            check()
+
+
+def test_what_could_not_be_read_again_is_refused_before_the_training() -> None:
+    by_hand = {f"layers.{index}.q_proj": 4 for index in range(257)}
+    AutoQRAConfig(rank_pattern=by_hand, bits_pattern=by_hand)  # become exact when they are applied
+    with pytest.raises(InvalidPlanError, match="alpha_pattern holds 257 keys"):
+        AutoQRAConfig(alpha_pattern=by_hand)
+
+
+@pytest.mark.parametrize("name", ["a", "model.layers.0.q_proj", "a b-c.ü<x>:\n", "weird+(name)*[0]{1,2}|^$?\\"])
+def test_exact_keys_are_told_from_others(name: str) -> None:
+    key = exact_pattern(name)
+    assert is_exact(key)
+    for other in (key[1:], f"{key}$", f"{key}.*", f"{key}\\d", f"{key}\\"):
+        assert not is_exact(other)
+
+
+def test_keys_of_many_modules_are_looked_up() -> None:
+    """As PEFT finds them, also where most keys are of modules that the model does not have."""
+    names = [f"model.layers.{index}.up_proj" for index in range(300)]
+    patterns = {exact_pattern(name): 2 for name in names[::2]} | {r"layers\.1\d*\.up_proj": 3, "7.up_proj": 4}
+    expected = {name: key for name in names if (key := get_pattern_key(patterns, name)) in patterns}
+    assert matching_keys(patterns, names) == expected
+    many = {exact_pattern(f"zz{index}"): 2 for index in range(20_000)}
+    started = time.process_time()
+    assert matching_keys(many | patterns, names) == expected
+    assert time.process_time() - started < 5  # trying all on all takes minutes
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def write(folder: Path, **changes: Any) -> None:
         ({"bits": 5}, "bits=5"),
         ({"group_size": 0}, "group_size=0"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"lora_alpha": 10**400}, "damaged"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1"),
         ({"lora_dropout": "x"}, "lora_dropout is 'x'"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"rank_pattern": ["a"]}, "rank_pattern is"),
@@ -53,6 +53,24 @@ def write(folder: Path, **changes: Any) -> None:
         ({"modules_to_save": "head"}, "modules_to_save is"),
         ({"layers_pattern": "{9}", "layers_to_transform": [0]}, "layers_pattern .* of the file"),
         ({"layers_to_transform": [True]}, "layers_to_transform is"),
+        ({"layers_to_transform": [10**30]}, "layers_to_transform is"),
+        ({"layers_to_transform": -1}, "layers_to_transform is -1"),
+        ({"layers_to_transform": "0"}, "layers_to_transform is '0'"),
+        ({"trainable_token_indices": "abc"}, "trainable_token_indices is 'abc'"),
+        ({"trainable_token_indices": 3}, "trainable_token_indices is 3"),
+        ({"trainable_token_indices": [-5]}, "trainable_token_indices is"),
+        ({"trainable_token_indices": [1.5]}, "trainable_token_indices is"),
+        ({"trainable_token_indices": [True]}, "trainable_token_indices is"),
+        ({"trainable_token_indices": {"embed_tokens": "x"}}, "trainable_token_indices is"),
+        ({"trainable_token_indices": {"embed_tokens": [2**70]}}, "trainable_token_indices is"),
+        ({"trainable_token_indices": {str(name): [0] for name in range(129)}}, "trainable_token_indices is"),
+        ({"target_parameters": "a.weight"}, "target_parameters is"),
+        ({"target_parameters": [3]}, "target_parameters is"),
+        ({"target_parameters": [f"a{index}" for index in range(1025)]}, "target_parameters is"),
+        ({"modules_to_save": [""]}, r"modules_to_save is \[''\]"),
+        ({"modules_to_save": [f"zz{index}" for index in range(129)]}, "modules_to_save lists 129 names"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"alpha_pattern": {"a": -1}}, "alpha_pattern is -1"),
         ({"use_rslora": "yes"}, "use_rslora is"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": {}}, "init_lora_weights is"),
@@ -68,6 +86,21 @@ def test_bad_values_are_refused(tmp_path: Path, changes: dict[str, Any], match: 
     for reader in (AutoQRAConfig, PeftConfig):
         with pytest.raises(InvalidPlanError, match=match):
             reader.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", "{", '{"a": ' + "[" * 5000 + "]" * 5000 + "}", "\0"])
+def test_no_configuration_at_all(tmp_path: Path, content: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(InvalidPlanError, match=r"adapter_config.json in .* is damaged"):
+        AutoQRAConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("tokens", [[0, 5], {"embed_tokens": [3]}])
+def test_indices_are_read(tmp_path: Path, tokens: Any) -> None:
+    config = AutoQRAConfig(target_modules=["q_proj"], trainable_token_indices=tokens, layers_to_transform=[0, 3])
+    config.save_pretrained(str(tmp_path))
+    again = AutoQRAConfig.from_pretrained(str(tmp_path))
+    assert (again.trainable_token_indices, again.layers_to_transform) == (tokens, [0, 3])
 
 
 def test_patterns_by_hand_are_read(tmp_path: Path) -> None:
