@@ -19,7 +19,7 @@ from peft_autoqra.export.adapter_config import CONFIG_FILE, read_adapter_config
 from peft_autoqra.export.export_folder import export_folder
 from peft_autoqra.hub_files import locate_file
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan
-from peft_autoqra.tuner.targets import check_shape_and_rank
+from peft_autoqra.tuner.target_checks import check_shape_and_rank
 from peft_autoqra.units import format_bytes
 
 TENSOR_TYPES_FILE = "tensor_types.txt"

@@ -16,7 +16,7 @@ from peft_autoqra.importance.module_fit import FitSettings, calibrated_modules
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan
 from peft_autoqra.plan_calibration import PlanCalibration
 from peft_autoqra.quant.backends import calibrated_backend
-from peft_autoqra.tuner.targets import check_shape_and_rank
+from peft_autoqra.tuner.target_checks import check_shape_and_rank
 
 
 def calibrate_plan(

@@ -18,7 +18,8 @@ from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig, QuantizedModule
 from peft_autoqra.streaming.released_memory import ReleasedMemory
 from peft_autoqra.tuner.preparation import check_fingerprint, check_finite
-from peft_autoqra.tuner.targets import Target, module_calibration, resolve_targets
+from peft_autoqra.tuner.target_checks import resolve_targets
+from peft_autoqra.tuner.targets import Target, module_calibration
 
 
 class WeightStream:

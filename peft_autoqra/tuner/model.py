@@ -18,7 +18,8 @@ from peft_autoqra.target_modules import check_no_fused_experts
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights, exact_pattern
 from peft_autoqra.tuner.layer import QuantLoRALinear
 from peft_autoqra.tuner.preparation import quantize_base, replace_layer
-from peft_autoqra.tuner.targets import base_layers, check_not_saved_whole, include_all_linear_layers
+from peft_autoqra.tuner.target_checks import check_not_saved_whole
+from peft_autoqra.tuner.targets import base_layers, include_all_linear_layers
 
 
 class QuantLoRAModel(LoraModel):  # type: ignore[misc]

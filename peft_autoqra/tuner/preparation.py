@@ -19,12 +19,12 @@ from peft_autoqra.plan import BaseModelInfo, BitRankPlan
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, make_backend, quantize_layer
 from peft_autoqra.target_modules import fused_experts, share_of_weights
 from peft_autoqra.tuner.config import AutoQRAConfig, exact_pattern
+from peft_autoqra.tuner.target_checks import resolve_targets
 from peft_autoqra.tuner.targets import (
     Target,
     base_layers,
     module_calibration,
     parameter_rank_patterns,
-    resolve_targets,
     to_quantize,
 )
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.conformance import adapter_features, reload_features, trainer_features
+from tests.conformance import adapter_features, merging_features, reload_features, trainer_features
 from tests.conformance.feature import Feature
 from tests.conformance.models import CASES, ModelCase
 from tests.conformance.table import MEANINGLESS, REFUSED, WORKS
 
 FEATURES = (
     *adapter_features.GROUP.features,
+    *merging_features.GROUP.features,
     *reload_features.GROUP.features,
     *trainer_features.GROUP.features,
 )
