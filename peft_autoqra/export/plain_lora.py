@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from peft_autoqra.export.adapter_config import CONFIG_FILE
 from peft_autoqra.export.export_folder import export_folder
 from peft_autoqra.hub_files import locate_file
 from peft_autoqra.plan_file import ADAPTER_FILE
+from peft_autoqra.tuner.targets import matching_keys
 
 VLLM_MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` may be (``MaxLoRARanks`` in ``vllm/config/lora.py``); an adapter's rank is at most
@@ -218,7 +218,7 @@ def _scale(settings: Mapping[str, Any], module_name: str, rank: int) -> float:
     """As PEFT's LoRA layers scale the product of B and A."""
     alphas = settings.get("alpha_pattern") or {}
     default = settings.get("lora_alpha", LoraConfig.lora_alpha)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module_name), default)
+    alpha = alphas.get(matching_keys(alphas, [module_name]).get(module_name), default)
     return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
 
 
