@@ -20,7 +20,8 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
   export     write an adapter for vLLM, llama.cpp or transformers without this package
   calibrate  measure beforehand what every bit-width and rank of every layer loses; searches start from it
 
-`autoqra COMMAND --help` lists its flags; they may stand in a YAML recipe too. --dry_run estimates memory and time.
+`autoqra COMMAND --help` lists its flags. Those of search, train and calibrate may stand in a YAML recipe too; their
+--dry_run estimates memory and time.
 
   autoqra search --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --train_file data.jsonl \\
       --test_split_size 0.1 --memory_budget qlora-4bit-r16 --output_dir search-out

@@ -26,7 +26,7 @@ def linear_targets(model: nn.Module, target_modules: str | Iterable[str] = "all-
         InvalidPlanError: nothing matches; a match is not a plain ``nn.Linear`` or ``Conv1D`` with a weight of its
             own; or ``"all-linear"`` would leave out the fused experts of a mixture.
     """
-    if target_modules == "all-linear":
+    if is_all_linear(target_modules):
         check_no_fused_experts(model)
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=wanted, task_type="SEQ_CLS")  # leaves out classification heads, too
@@ -52,6 +52,11 @@ def linear_targets(model: nn.Module, target_modules: str | Iterable[str] = "all-
         raise InvalidPlanError(f"target_modules={target_modules!r} matches no linear layer; there are {names[-4:]}.")
     check_untied(model, targets)
     return targets
+
+
+def is_all_linear(target_modules: object) -> bool:
+    """Whether it is PEFT's shorthand, which may be written in any case."""
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
 def check_untied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

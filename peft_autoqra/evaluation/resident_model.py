@@ -96,11 +96,7 @@ class ResidentModel:
             return self._decoded[key]
         original = self._originals[name]
         if quantizer == self._bank.settings.quantizer:
-            target = (
-                torch.empty_like(original, memory_format=torch.contiguous_format)
-                if self.materializes
-                else self._buffer(name)
-            )
+            target = _room_for(original) if self.materializes else self._buffer(name)
             dense = self._bank.entry(name, bits).weight.dequantize_into(target)
         else:
             linear = make_dense_layer(nn.Linear, original, None)

@@ -14,7 +14,7 @@ from torch import nn
 from peft_autoqra.dense_layers import is_dense_layer
 from peft_autoqra.plan import BitRankPlan, LayerPlan
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, dense_layer
-from peft_autoqra.target_modules import check_no_fused_experts
+from peft_autoqra.target_modules import check_no_fused_experts, is_all_linear
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights, exact_pattern
 from peft_autoqra.tuner.layer import QuantLoRALinear
 from peft_autoqra.tuner.preparation import quantize_base, replace_layer
@@ -43,12 +43,13 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Refuse what PEFT's own preparations would hide, then inject."""
         config = self.peft_config[adapter_name]
-        if isinstance(config, AutoQRAConfig) and config.target_modules == "all-linear":
+        if isinstance(config, AutoQRAConfig) and is_all_linear(config.target_modules):
             check_no_fused_experts(model)  # PEFT turns them into target_parameters
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if any(isinstance(module, QUANTIZED_LAYERS) for module in model.modules()):
+        quantized = [name for name, layer in base_layers(model).items() if isinstance(layer, QUANTIZED_LAYERS)]
+        if quantized:
             check_leaves_weights(peft_config)
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, AutoQRAConfig):
@@ -56,8 +57,6 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             peft_config.plan = quantize_base(model, peft_config, earlier)
             peft_config.base_fingerprint = peft_config.plan.base_model.fingerprint
         else:
-            layers = base_layers(model)
-            quantized = [name for name, layer in layers.items() if isinstance(layer, QUANTIZED_LAYERS)]
             check_not_saved_whole(quantized, peft_config)
             include_all_linear_layers(peft_config, model)
 

@@ -14,7 +14,7 @@ from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits, make_backend
 from peft_autoqra.quant.nf4 import NF4Linear
-from peft_autoqra.target_modules import check_no_fused_experts, check_untied
+from peft_autoqra.target_modules import check_no_fused_experts, check_untied, is_all_linear
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
 from peft_autoqra.tuner.targets import (
     Target,
@@ -41,7 +41,7 @@ def resolve_targets(model: nn.Module, config: AutoQRAConfig) -> list[Target]:
         PlanMismatchError: module names or shapes are not those the plan was made for.
         InvalidPlanError: a layer cannot be quantized as asked, or is quantized differently already.
     """
-    if config.target_modules == "all-linear":
+    if is_all_linear(config.target_modules):
         check_no_fused_experts(model)
     include_all_linear_layers(config, model)
     targets = find_targets(model, config)
@@ -106,6 +106,8 @@ def _check_rank(name: str, shape: tuple[int, int], rank: int) -> None:
 
 def _check_parameters(model: nn.Module, targets: list[Target], config: AutoQRAConfig) -> None:
     """Of ``target_parameters``: a quantized layer has no weight left that PEFT could adapt as a parameter."""
+    if not config.target_parameters:
+        return
     layers = base_layers(model)
     for name in targeted_parameters(layers, config):
         module_name, _, own_name = name.rpartition(".")
@@ -114,7 +116,7 @@ def _check_parameters(model: nn.Module, targets: list[Target], config: AutoQRACo
         _check_rank(name, (shape[-2] if len(shape) > 1 else 1, shape[-1]), config.rank_pattern.get(key, config.r))
     quantized = [target.name for target in targets if target.wanted.bits != DENSE_BITS]
     weights = suffixes(f"{name}.weight" for name in quantized)
-    for key in config.target_parameters or ():
+    for key in config.target_parameters:
         if key in weights:
             raise InvalidPlanError(
                 f"target_parameters names {key!r}, the weight of a layer that is quantized; name the layer in "
@@ -132,14 +134,14 @@ def check_not_saved_whole(quantized_names: Iterable[str], config: LoraConfig) ->
     Raises:
         InvalidPlanError: such a layer is, or lies in, one of ``modules_to_save``.
     """
-    for name in quantized_names:
+    wanted = set(config.modules_to_save or ())
+    for name in quantized_names if wanted else ():
         parents = suffixes(accumulate(name.split("."), lambda start, part: f"{start}.{part}"))
-        for key in config.modules_to_save or ():
-            if key in parents:
-                raise InvalidPlanError(
-                    f"modules_to_save names {key!r}, to be trained as a whole, and {name!r} is quantized. Keep that "
-                    "layer at 16 bits (in the plan or bits_pattern), or leave it out of modules_to_save."
-                )
+        for key in sorted(wanted & parents):
+            raise InvalidPlanError(
+                f"modules_to_save names {key!r}, to be trained as a whole, and {name!r} is quantized. Keep that "
+                "layer at 16 bits (in the plan or bits_pattern), or leave it out of modules_to_save."
+            )
 
 
 def _check_weights_that_are_read(model: nn.Module, targets: list[Target], config: AutoQRAConfig) -> None:

@@ -25,6 +25,7 @@ from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan
 from peft_autoqra.plan_calibration import ModuleCalibration
 from peft_autoqra.quant.backends import QUANTIZED_LAYERS, layer_bits
+from peft_autoqra.target_modules import is_all_linear
 from peft_autoqra.tuner.config import AutoQRAConfig, exact_pattern
 from peft_autoqra.tuner.layer import QuantLoRALinear
 from peft_autoqra.tuner.patterns import inexact
@@ -53,7 +54,7 @@ class Target:
 
 def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> None:
     """Expand ``target_modules="all-linear"`` as PEFT does, and to the quantized layers, which PEFT does not know."""
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+    if is_all_linear(config.target_modules):
         expanded = copy.copy(config)
         if isinstance(config, AutoQRAConfig):
             expanded.task_type = "SEQ_CLS"  # leaves out classification heads, too
@@ -66,12 +67,12 @@ def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> None:
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Module name to module, with tuner layers seen through and their inner parts left out."""
     layers: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
+    inside = "\0"  # the tuner layer that was met last; its parts follow it at once
     for name, module in model.named_modules():
-        if name.startswith(inside or ("\0",)):
+        if name.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
-            inside += (f"{name}.",)
+            inside = f"{name}."
             module = module.unmerged_layer if isinstance(module, QuantLoRALinear) else module.get_base_layer()
         layers[name] = module
     return layers

@@ -37,6 +37,7 @@ from tests.conformance.building import (
     planned,
     quantized_layers,
     trained,
+    unchanged_if_refused,
 )
 from tests.conformance.feature import FeatureGroup, Refusal
 from tests.conformance.models import ModelCase
@@ -156,13 +157,11 @@ def several_adapters(case: ModelCase, _: Path) -> None:
 ))  # fmt: skip
 def other_bits(case: ModelCase, _: Path) -> None:
     model = trained(case)
-    before = snapshot(model)
-    try:
-        model.add_adapter("other", AutoQRAConfig(bits=4, r=4, target_modules=case.target_modules))
-    except InvalidPlanError:
-        assert_unchanged(model, before)
-        assert list(model.peft_config) == ["default"]
-        raise
+    with unchanged_if_refused(model):
+        try:
+            model.add_adapter("other", AutoQRAConfig(bits=4, r=4, target_modules=case.target_modules))
+        finally:
+            assert list(model.peft_config) == ["default"]
 
 
 @feature("a plain `LoraConfig` adapter on the mixed-bit base")
@@ -189,12 +188,8 @@ def plain_lora(case: ModelCase, tmp_path: Path) -> None:
 ))  # fmt: skip
 def mixed_model(case: ModelCase, _: Path) -> None:
     model = case.make()
-    before = snapshot(model)
-    try:
+    with unchanged_if_refused(model):
         get_peft_model(model, AutoQRAConfig(bits=3, r=4, target_modules=case.target_modules), mixed=True)
-    except InvalidPlanError:
-        assert_unchanged(model, before)
-        raise
 
 
 @feature("adapters of a batch by row: `adapter_names`", refused={"OPT": Refusal(
@@ -348,13 +343,9 @@ def rewriting_initializations(case: ModelCase, _: Path) -> None:
     with pytest.raises(InvalidPlanError, match="kasa_config truncates the base weights"):
         adapt(case, kasa_config=KasaConfig())
     model = adapt(case)
-    before = snapshot(model)
     targets = list(adapter_layers(model))
-    try:
+    with unchanged_if_refused(model):
         model.add_adapter("plain", LoraConfig(r=2, target_modules=targets, init_lora_weights="pissa"))
-    except InvalidPlanError:
-        assert_unchanged(model, before)
-        raise
 
 
 @feature("`low_cpu_mem_usage=True`")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,15 +29,22 @@ def make_config(case: ModelCase, **settings: Any) -> AutoQRAConfig:
     return AutoQRAConfig(task_type=case.task_type, **settings)
 
 
-def adapt(case: ModelCase, model: nn.Module | None = None, **settings: Any) -> PeftModel:
-    """Quantize and adapt; where that is refused the model has to be as it was."""
-    model = case.make() if model is None else model
+@contextmanager
+def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
+    """Whatever is refused in the block must leave the model as it was."""
     before = snapshot(model)
     try:
-        return get_peft_model(model, make_config(case, **settings))
+        yield
     except Exception:
         assert_unchanged(model, before)
         raise
+
+
+def adapt(case: ModelCase, model: nn.Module | None = None, **settings: Any) -> PeftModel:
+    """Quantize and adapt; where that is refused the model has to be as it was."""
+    model = case.make() if model is None else model
+    with unchanged_if_refused(model):
+        return get_peft_model(model, make_config(case, **settings))
 
 
 def trained(case: ModelCase, model: nn.Module | None = None, **settings: Any) -> PeftModel:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from peft_autoqra.errors import AutoQRAError, InvalidPlanError, PlanMismatchError
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
@@ -418,3 +418,17 @@ def test_bitsandbytes_layers_are_recognized_as_quantized(
     config = AutoQRAConfig(bits=bits, r=4, quant_backend="bitsandbytes")
     model = get_peft_model(tiny_llama(), config).get_base_model()
     assert isinstance(base_layer(model, Q_PROJ), kind)
+
+
+@pytest.mark.parametrize("shorthand", ["all-linear", "All-Linear"])
+def test_experts_are_not_left_out_however_the_shorthand_is_written(shorthand: str) -> None:
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+            vocab_size=64, num_local_experts=2,
+        )
+    )  # fmt: skip
+    before = snapshot(model)
+    with pytest.raises(InvalidPlanError, match="experts in fused parameters"):
+        get_peft_model(model, AutoQRAConfig(bits=4, r=4, target_modules=shorthand))
+    assert_unchanged(model, before)
