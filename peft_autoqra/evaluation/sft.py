@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,14 @@ from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+)
 from trl import SFTConfig, SFTTrainer
 
 from peft_autoqra.errors import CalibrationError, InvalidPlanError
@@ -27,6 +34,8 @@ from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.trial import Fidelity, TrialResult, TrialStatus
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.dense_adapter import add_dense_adapter
+
+OnStep = Callable[[int, nn.Module], None]
 
 
 class SFTData:
@@ -139,11 +148,32 @@ class SFTEvaluator:
             sequence_losses=loss.sequence_losses,
         )
 
+    def learning_curve(
+        self, plan: BitRankPlan, fidelity: Fidelity, checkpoints: Collection[int]
+    ) -> dict[int, HeldOutLoss]:
+        """Held-out losses along one training run, by the number of steps before them; 0 is before training.
+
+        With a learning rate that does not decay these are the losses of runs of that many steps.
+
+        Args:
+            plan: what is trained.
+            fidelity: its steps end the run.
+            checkpoints: numbers of steps.
+        """
+        curve = {0: self._untrained(plan, fidelity)} if 0 in checkpoints else {}
+
+        def record(step: int, model: nn.Module) -> None:
+            if step in checkpoints:
+                curve[step] = self._held_out_loss(model, fidelity)
+
+        self._trained(plan, fidelity, record)
+        return curve
+
     def _untrained(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
         self._resident.load(plan, with_corrections=True)
         return self._held_out_loss(self._resident.model, fidelity)
 
-    def _trained(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
+    def _trained(self, plan: BitRankPlan, fidelity: Fidelity, on_step: OnStep | None = None) -> HeldOutLoss:
         self._resident.load(plan, with_corrections=False)
         calibrated = plan
         if plan.initialization == "compensate":
@@ -152,15 +182,21 @@ class SFTEvaluator:
         torch.manual_seed(fidelity.seed)
         with left_as_it_was(self._resident.model), tempfile.TemporaryDirectory() as directory:
             peft_model = add_dense_adapter(self._resident.model, config)
-            self._train(peft_model, fidelity, directory)
+            self._train(peft_model, fidelity, directory, [] if on_step is None else [_StepCallback(on_step)])
             return self._held_out_loss(peft_model, fidelity)
 
-    def _train(self, model: nn.Module, fidelity: Fidelity, directory: str) -> None:
+    def _train(
+        self, model: nn.Module, fidelity: Fidelity, directory: str, callbacks: list[TrainerCallback]
+    ) -> None:
         args = quiet_arguments(self._args, directory)
         args.max_steps = fidelity.num_steps
         args.seed = args.data_seed = fidelity.seed
         trainer = SFTTrainer(
-            model=model, args=args, train_dataset=self._data.train, processing_class=self._data.processing_class
+            model=model,
+            args=args,
+            train_dataset=self._data.train,
+            processing_class=self._data.processing_class,
+            callbacks=callbacks,
         )
         for callback in (PrinterCallback, ProgressCallback):  # they print a line at the end of a run
             trainer.remove_callback(callback)
@@ -171,6 +207,19 @@ class SFTEvaluator:
         if num not in self._held_out_batches:
             self._held_out_batches[num] = self._data.batches(self._data.held_out, num)
         return held_out_loss(model, self._held_out_batches[num])
+
+
+class _StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Calls a function with the number of finished steps and the model after each of them."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+
+    def on_step_end(
+        self, _args: object, state: TrainerState, _control: object, *, model: nn.Module, **_: object
+    ) -> None:
+        """Transformers' hook."""
+        self._on_step(state.global_step, model)
 
 
 def quiet_arguments(args: SFTConfig, output_dir: str) -> SFTConfig:
