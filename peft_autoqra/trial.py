@@ -22,14 +22,19 @@ class Fidelity:
     """How thoroughly a plan is evaluated.
 
     Attributes:
-        num_steps: training steps before the held-out loss is taken; 0 scores the untrained plan.
+        num_steps: training steps of the plan's own adapters before the held-out loss is taken; 0 trains none.
         num_eval_sequences: held-out sequences that are scored.
-        seed: seed of the training run.
+        seed: of the training run; decides the order of the data.
+        shared_steps: training steps of the weight-sharing supernet whose adapters the plan borrows (``num_steps`` is 0
+            then); 0 borrows none.
+        learning_rate_factor: the recipe's learning rate is multiplied by it.
     """
 
     num_steps: int
     num_eval_sequences: int
     seed: int = 0
+    shared_steps: int = 0
+    learning_rate_factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
