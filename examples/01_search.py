@@ -25,8 +25,8 @@ def main() -> None:
         "--memory_budget", default="qlora-4bit-r16", help="bytes, 6GB, 3.2bit, 0.75*qlora-4bit-r16 ..."
     )
     parser.add_argument("--output_dir", default="search-out")
-    parser.add_argument("--short_steps", type=int, default=10, help="training steps of a trial")
-    parser.add_argument("--final_steps", type=int, default=30, help="training steps of the last few trials")
+    parser.add_argument("--max_cost", type=float, default=1.0, help="of the search, in full fine-tunes")
+    parser.add_argument("--max_trials", type=int, help="trials at most")
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a sequence")
     args = parser.parse_args()
 
@@ -35,7 +35,7 @@ def main() -> None:
         train_dataset=load_dataset(args.dataset, split="train"),
         eval_dataset=load_dataset(args.dataset, split="test"),
         processing_class=AutoTokenizer.from_pretrained(args.model),
-        # The recipe of the real fine-tune; trials follow it for a few steps.
+        # The recipe of the real fine-tune; trials follow it for some of its steps.
         args=SFTConfig(
             learning_rate=1e-3,
             per_device_train_batch_size=4,
@@ -44,17 +44,17 @@ def main() -> None:
         ),
         search_config=AutoQRASearchConfig(
             memory_budget=args.memory_budget,
-            short_steps=args.short_steps,
-            final_steps=args.final_steps,
+            max_cost=args.max_cost,
+            max_trials=args.max_trials,
             output_dir=args.output_dir,
         ),
     )
     result = searcher.run()
 
     print(result.plan)
-    print(f"winner: loss {result.winner.loss:.4f}, found by {result.winner.origin}")
-    for name, trial in result.baselines.items():
-        print(f"{name}: " + ("failed" if trial.loss is None else f"loss {trial.loss:.4f}"))
+    print(f"winner: loss {result.winner.loss:.4f}, found by {result.winner.first.origin}. {result.verdict}")
+    for name, compared in result.baselines.items():
+        print(f"{name}: " + ("failed" if compared.loss is None else f"loss {compared.loss:.4f}"))
     print(f"plan in {searcher.output_dir / 'plan'}, report in {write_report(searcher.output_dir)}")
 
 

@@ -25,6 +25,10 @@ class HubError(AutoQRAError, OSError):
     """A repository of the hub that does not exist, gives no access or cannot be reached."""
 
 
+class SearchBudgetError(AutoQRAError, ValueError):
+    """A limit on what a search may cost that leaves nothing to search with."""
+
+
 class SearchStateError(AutoQRAError, RuntimeError):
     """A search directory that cannot be continued, for example one that belongs to another search."""
 

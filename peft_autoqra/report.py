@@ -66,6 +66,8 @@ def _heading(data: ReportData) -> str:
         facts.append(("trials", f"{len(data.trials)}" + (f", {failed} failed" if failed else "")))
     if data.seconds is not None:
         facts.append(("search time", format_seconds(data.seconds)))
+    if data.cost is not None:
+        facts.append(("cost, in full fine-tunes", f"{data.cost[0]:.2f} of {data.cost[1]:g}"))
     if data.plan is not None:
         facts.append(("average bits", f"{data.plan.average_bits:.2f}"))
         facts.append(("average rank", f"{data.plan.average_rank:.1f}"))
@@ -78,15 +80,15 @@ def _heading(data: ReportData) -> str:
 def _comparison(data: ReportData) -> str:
     if not data.compared:
         return ""
-    header = ("plan", "found by", "held-out loss", "winner - this", "training", "stored", "bits", "rank")
+    header = ("plan", "found by", "held-out loss", "seeds", "winner - this", "training", "stored", "bits", "rank")
     rows = [_comparison_row(plan, data.budget_scope) for plan in data.compared]
     steps = data.compared[0].num_steps
     return (
-        "<section><h2>Winner and baselines</h2>"
+        f"<section><h2>Winner and baselines</h2><p>{escape(data.verdict or '')}</p>"
         + _table(header, rows, num_text_columns=2)
-        + f"<p class='note'>Loss in nats per token on the same held-out sequences after {steps} steps. Winner - this: "
-        "mean over sequences ± one standard error; below 0 favours the winner. The winner was chosen on these "
-        "sequences, so report final figures on others.</p></section>"
+        + f"<p class='note'>Loss in nats per token on the same held-out sequences after {steps} steps, mean over "
+        "the seeds. Winner - this: mean and 95% interval over sequences and seeds; below 0 favours the winner. The "
+        "winner was chosen on these sequences, so report final figures on others.</p></section>"
     )
 
 
@@ -101,7 +103,8 @@ def _comparison_row(plan: ComparedPlan, scope: str | None) -> list[str]:
         plan.name,
         plan.origin,
         "failed" if plan.loss is None else f"{plan.loss:.4f}",
-        f"{plan.margin[0]:+.4f} ± {plan.margin[1]:.4f}" if plan.margin else "-",
+        str(plan.num_seeds),
+        f"{plan.margin[0]:+.4f} [{plan.margin[1]:+.4f}, {plan.margin[2]:+.4f}]" if plan.margin else "-",
         scoped.get("training", "-"),
         scoped.get("stored", "-"),
         f"{plan.average_bits:.2f}",

@@ -51,7 +51,8 @@ class ComparedPlan:
         origin: who proposed it.
         loss: held-out loss, nats per token; None when failed.
         num_steps: training steps before it was scored.
-        margin: mean and standard error of the winner's loss minus this one's, over sequences.
+        num_seeds: training seeds that the loss is the mean of.
+        margin: mean of the winner's loss minus this one's, and its 95% interval.
         total_bytes: in the scope of the budget.
         average_bits: mean bits per weight.
         average_rank: mean rank over modules.
@@ -62,7 +63,8 @@ class ComparedPlan:
     origin: str
     loss: float | None
     num_steps: int
-    margin: tuple[float, float] | None
+    num_seeds: int
+    margin: tuple[float, float, float] | None
     total_bytes: int
     average_bits: float
     average_rank: float
@@ -83,6 +85,8 @@ class ReportData:
         identity: settings, data and model of the search.
         recipe: text of the recipe.
         seconds: summed time of trials and calibration.
+        verdict: what the search is worth over the best baseline, in words.
+        cost: of the search and its limit, in units of one full fine-tune.
     """
 
     directory: Path
@@ -94,6 +98,8 @@ class ReportData:
     identity: Mapping[str, Any] | None = None
     recipe: str | None = None
     seconds: float | None = None
+    verdict: str | None = None
+    cost: tuple[float, float] | None = None
 
 
 def read_report_data(directory: Path) -> ReportData:
@@ -124,6 +130,8 @@ def read_report_data(directory: Path) -> ReportData:
         identity=identity,
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         seconds=result.get("seconds") if result else None,
+        verdict=result.get("verdict") if result else None,
+        cost=(result["cost"], result["max_cost"]) if result else None,
     )
 
 
@@ -163,7 +171,7 @@ def _read_trials(path: Path) -> tuple[dict[str, Any] | None, tuple[TrialRow, ...
     try:
         records = [json.loads(line) for line in lines]
         identity = records[0]["identity"] if records else {}
-        return identity, tuple(_trial_row(record) for record in records[1:])
+        return identity, tuple(_trial_row(record) for record in records[1:] if record["kind"] == "trial")
     except (KeyError, TypeError, ValueError) as error:
         raise SearchStateError(f"{path} is damaged ({error!r}).") from error
 
@@ -196,7 +204,8 @@ def _compared_plan(name: str, summary: Mapping[str, Any], memory: MemoryEstimate
         origin=summary["origin"],
         loss=summary["loss"],
         num_steps=summary["steps"],
-        margin=(margin["mean"], margin["standard_error"]) if margin else None,
+        num_seeds=len(summary["seed_losses"]),
+        margin=(margin["mean"], *margin["interval"]) if margin else None,
         total_bytes=summary["total_bytes"],
         average_bits=summary["average_bits"],
         average_rank=summary["average_rank"],

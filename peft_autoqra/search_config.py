@@ -23,14 +23,16 @@ class SearchArguments:
         group_size: weights that share a quantization scale.
         quantizer: ``"native"``, or ``"gptq"``: loses less, but plan and adapter carry the quantized weights.
         num_calibration_sequences: training sequences that importance is measured on.
-        num_eval_sequences: held-out sequences that a trial is scored on.
-        population_size: of the evolution.
-        num_generations: of the evolution, at most; 0 skips it.
-        num_promoted: evolved candidates that get a short training run.
-        num_trust_region_trials: short runs that the Bayesian stage may spend; 0 skips it.
-        short_steps: training steps of a short run.
-        final_steps: training steps of the runs that decide among the finalists.
-        num_finalists: searched plans that get a final run beside the baselines.
+        num_eval_sequences: held-out sequences that a trial is scored on, at most; fewer where scoring would cost more
+            than training.
+        max_cost: what the search may cost, calibration included, in units of one full fine-tune with the recipe
+            (tokens passed forward and backward; see :class:`~peft_autoqra.search_costs.SearchCosts`).
+        max_trials: trials at most; None for as many as ``max_cost`` allows.
+        max_seconds: wall-clock time at most; when most of it is gone, nothing more is explored. What is found then
+            depends on the machine. None for no limit.
+        max_trial_seconds: a trial that takes longer is stopped and counts as failed; None for no limit.
+        num_seeds: training seeds that the finalists and the best baseline are confirmed with.
+        learning_rate_factors: finalists are tried with the recipe's learning rate times each.
         lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank)``.
         cache_dir: where calibration is kept for later searches on the same model and data; None means in output_dir.
         materialize: keep the dense weights of every bit-width in memory, which makes trials start faster and changes
@@ -57,13 +59,16 @@ class SearchArguments:
     )
     num_calibration_sequences: int = field(default=64, metadata={"help": "Training sequences for calibration."})
     num_eval_sequences: int = field(default=64, metadata={"help": "Held-out sequences that a trial is scored on."})
-    population_size: int = field(default=12, metadata={"help": "Population of the evolution."})
-    num_generations: int = field(default=4, metadata={"help": "Generations of the evolution at most; 0 skips it."})
-    num_promoted: int = field(default=3, metadata={"help": "Evolved candidates that get a short training run."})
-    num_trust_region_trials: int = field(default=4, metadata={"help": "Short runs of the Bayesian stage; 0 skips it."})
-    short_steps: int = field(default=10, metadata={"help": "Training steps of a short run."})
-    final_steps: int = field(default=30, metadata={"help": "Training steps of the finalists' runs."})
-    num_finalists: int = field(default=2, metadata={"help": "Searched plans that get a final run."})
+    max_cost: float = field(
+        default=1.0, metadata={"help": "What the search may cost, in units of one full fine-tune."}
+    )
+    max_trials: int | None = field(default=None, metadata={"help": "Trials at most."})
+    max_seconds: float | None = field(default=None, metadata={"help": "Wall-clock seconds of the search at most."})
+    max_trial_seconds: float | None = field(default=None, metadata={"help": "Seconds of one trial at most."})
+    num_seeds: int = field(default=3, metadata={"help": "Training seeds that finalists are confirmed with."})
+    learning_rate_factors: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Finalists are tried with the learning rate times each."}
+    )
     lora_alpha: int = field(default=8, metadata={"help": "Adapters are scaled by lora_alpha / sqrt(rank)."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where calibration is kept for later searches."})
     materialize: bool | None = field(
@@ -76,14 +81,17 @@ class SearchArguments:
         for name in ("bit_choices", "rank_choices"):
             if not all(_is_integer(choice) for choice in getattr(self, name)):
                 raise InvalidPlanError(f"{name}={getattr(self, name)} must hold integers.")
-        for name in ("num_calibration_sequences", "num_eval_sequences", "population_size", "num_finalists"):
+        for name in ("num_calibration_sequences", "num_eval_sequences", "num_seeds", "lora_alpha"):
             self._require(name, 1)
-        for name in ("short_steps", "final_steps", "lora_alpha"):
-            self._require(name, 1)
-        for name in ("num_generations", "num_promoted", "num_trust_region_trials"):
-            self._require(name, 0)
-        if self.final_steps < self.short_steps:
-            raise InvalidPlanError(f"final_steps={self.final_steps} must be at least short_steps={self.short_steps}.")
+        if self.max_trials is not None:
+            self._require("max_trials", 1)
+        for name in ("max_cost", "max_seconds", "max_trial_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidPlanError(f"{name}={value!r} must be above 0.")
+        factors = self.learning_rate_factors
+        if not factors or factors[0] != 1 or not all(factor > 0 for factor in factors):
+            raise InvalidPlanError(f"learning_rate_factors={factors} must be above 0, and the first one 1.")
         if not any(rank > 0 for rank in self.rank_choices):
             raise InvalidPlanError(f"rank_choices={self.rank_choices} hold no rank above 0; nothing could be trained.")
         if self.quantizer not in ("native", "gptq"):

@@ -90,6 +90,10 @@ class SearchProblem:
         """Sum of the groups' estimated loss rises, nats per token."""
         return float(self._lookup(self.loss_table, candidate).sum())
 
+    def is_trainable(self, candidate: Candidate) -> bool:
+        """Whether the candidate has an adapter somewhere, or the space none to give."""
+        return self.space.rank_choices[-1] == 0 or any(self.space.rank_choices[rank] for _, rank in candidate)
+
     def is_feasible(self, candidate: Candidate) -> bool:
         """Whether the candidate is on the ladders and within the budget."""
         return self.space.contains(candidate) and self.total_bytes(candidate) <= self.budget_bytes

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_autoqra.memory import MemoryBudget
+from peft_autoqra.paired import PairedDifference, paired_difference
 from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.search.surrogate import SurrogateCheck
 from peft_autoqra.trial import Trial
 
 RESULT_FILE = "search_result.json"
@@ -19,23 +20,47 @@ PLAN_FOLDER = "plan"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairedDifference:
-    """Difference of two plans' held-out losses on the same sequences, nats per token; below 0 favours the first.
+class ComparedPlan:
+    """A plan's trials at the last fidelity.
 
     Attributes:
-        mean: over sequences.
-        standard_error: of that mean.
+        trials: by training seed, in order; at least one. Those of a finalist have as many seeds as the winner.
     """
 
-    mean: float
-    standard_error: float
+    trials: tuple[Trial, ...]
+
+    @property
+    def first(self) -> Trial:
+        """The trial of the first seed."""
+        return self.trials[0]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Held-out loss of every seed, nats per token; empty where one failed."""
+        losses = tuple(trial.loss for trial in self.trials if trial.loss is not None)
+        return losses if len(losses) == len(self.trials) else ()
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the seeds, nats per token; None where one failed."""
+        return statistics.fmean(self.losses) if self.losses else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds, nats per token; None with fewer than two."""
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+
+    def minus(self, other: ComparedPlan) -> PairedDifference | None:
+        """Paired difference of the losses over common seeds; None where one failed."""
+        if not self.losses or not other.losses:
+            return None
+        pairs = list(zip(self.trials, other.trials, strict=False))
+        first, second = ([_sequence_losses(pair[side]) for pair in pairs] for side in (0, 1))
+        return paired_difference(first, second)
 
 
-def paired_difference(first: Trial, second: Trial) -> PairedDifference:
-    """Compare two completed trials of one fidelity, sequence by sequence."""
-    differences = [a - b for a, b in zip(first.result.sequence_losses, second.result.sequence_losses, strict=True)]
-    spread = statistics.stdev(differences) if len(differences) > 1 else math.nan
-    return PairedDifference(mean=statistics.fmean(differences), standard_error=spread / math.sqrt(len(differences)))
+def _sequence_losses(trial: Trial) -> tuple[float, ...]:
+    return trial.result.sequence_losses if trial.result is not None else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +69,58 @@ class SearchResult:
 
     Attributes:
         plan: the winner, calibrated and ready for ``AutoQRAConfig(plan=...)``.
-        winner: its trial at the final fidelity.
-        baselines: name to final trial of the plans that need no search: ``"qlora-4bit"`` where it fits the budget,
+        winner: its trials; the simplest of the plans that none is better than beyond the 95% interval.
+        baselines: name to the trials of the plans that need no search: ``"qlora-4bit"`` where it fits the budget,
             ``"allocation"`` (exact allocation of the scores), ``"uniform"``.
-        pareto_front: short runs that no other beats in both loss and bytes.
-        trials: every trial in order, failed ones too.
-        budget: the limit that was kept.
+        pareto_front: trials of the last fidelity at the first seed that no other beats in both loss and bytes.
+        trials: every trial in the order of telling, failed ones too.
+        budget: the memory limit that was kept.
+        cost: of trials and calibration as booked, in units of one full fine-tune.
+        max_cost: limit of that.
         seconds: summed time of the trials and of calibration.
+        surrogate_checks: how well a surrogate would have promoted candidates, every time it was asked.
     """
 
     plan: BitRankPlan
-    winner: Trial
-    baselines: Mapping[str, Trial]
+    winner: ComparedPlan
+    baselines: Mapping[str, ComparedPlan]
     pareto_front: Sequence[Trial]
     trials: Sequence[Trial]
     budget: MemoryBudget
+    cost: float
+    max_cost: float
     seconds: float
+    surrogate_checks: Sequence[SurrogateCheck] = ()
+
+    @property
+    def best_baseline(self) -> str | None:
+        """Name of the baseline with the least loss, of those that are not the winner itself; None without any."""
+        others = {
+            name: compared.loss
+            for name, compared in self.baselines.items()
+            if compared.loss is not None and compared.first.plan != self.winner.first.plan
+        }
+        return min(others, key=others.__getitem__, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on what the search is worth over the best baseline, and whether seeds change it."""
+        name = self.best_baseline
+        margin = self.winner.minus(self.baselines[name]) if name is not None else None
+        if margin is None:
+            return "There is no other plan to compare with."
+        low, high = margin.interval
+        figures = f"{margin.mean:+.4f} nats per token, 95% interval {low:+.4f} to {high:+.4f}, {margin.num_seeds} seeds"
+        if not margin.is_better:
+            return f"No margin over the best baseline, {name} ({figures}): the simpler plan was taken."
+        return f"Better than the best baseline, {name} ({figures}). {self._stability(margin)}"
+
+    def _stability(self, margin: PairedDifference) -> str:
+        spread = self.winner.spread
+        if spread is None:
+            return "It was run with one seed, so nothing is known of other seeds."
+        kept = "less" if spread < -margin.mean else "not less"
+        return f"Its loss differs between seeds by {spread:.4f} (standard deviation), {kept} than that margin."
 
     def save(self, directory: Path) -> None:
         """Write the plan's folder and ``search_result.json``."""
@@ -71,36 +132,49 @@ class SearchResult:
     def summary(self) -> dict[str, Any]:
         """JSON-ready figures."""
         return {
-            "winner": trial_summary(self.winner),
-            "baselines": {name: self._baseline_summary(trial) for name, trial in self.baselines.items()},
+            "winner": compared_summary(self.winner),
+            "baselines": {name: self._baseline_summary(compared) for name, compared in self.baselines.items()},
+            "verdict": self.verdict,
             "pareto_front": [trial.number for trial in self.pareto_front],
             "budget_bytes": self.budget.limit_bytes,
             "budget_scope": self.budget.scope,
+            "cost": self.cost,
+            "max_cost": self.max_cost,
             "seconds": self.seconds,
             "num_trials": len(self.trials),
             "num_failed": sum(trial.loss is None for trial in self.trials),
+            "surrogate_checks": [asdict(check) for check in self.surrogate_checks],
         }
 
-    def _baseline_summary(self, trial: Trial) -> dict[str, Any]:
-        summary = trial_summary(trial)
-        if trial.loss is not None and trial.fidelity == self.winner.fidelity:
-            margin = paired_difference(self.winner, trial)
-            summary["winner_minus_this"] = {"mean": margin.mean, "standard_error": margin.standard_error}
+    def _baseline_summary(self, compared: ComparedPlan) -> dict[str, Any]:
+        summary = compared_summary(compared)
+        margin = self.winner.minus(compared)
+        if margin is not None:
+            summary["winner_minus_this"] = {
+                "mean": margin.mean,
+                "standard_error": margin.standard_error,
+                "interval": list(margin.interval),
+                "num_seeds": margin.num_seeds,
+            }
         return summary
 
 
-def trial_summary(trial: Trial) -> dict[str, Any]:
-    """The figures of one trial, without its layers."""
+def compared_summary(compared: ComparedPlan) -> dict[str, Any]:
+    """The figures of one plan, without its layers."""
+    trial = compared.first
+    result = trial.result
     return {
         "number": trial.number,
         "origin": trial.origin,
-        "loss": trial.loss,
+        "loss": compared.loss,
+        "seed_losses": compared.losses,
         "steps": trial.fidelity.num_steps,
+        "learning_rate_factor": trial.fidelity.learning_rate_factor,
         "total_bytes": trial.total_bytes,
         "memory": trial.plan.memory.to_dict() if trial.plan.memory else None,
         "average_bits": trial.plan.average_bits,
         "average_rank": trial.plan.average_rank,
         "quantizer": trial.plan.quantizer.backend,
-        "seconds": trial.result.seconds,
-        "error": trial.result.error,
+        "seconds": result.seconds if result else None,
+        "error": result.error if result else None,
     }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,19 +31,26 @@ from peft_autoqra.memory_estimate import MemoryScope
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.quant.backends import make_backend
 from peft_autoqra.search_config import AutoQRASearchConfig
+from peft_autoqra.search_costs import SearchCosts, fit_tokens
+from peft_autoqra.search_ladder import Ladder, build_ladder
 from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate, SearchSpace
 from peft_autoqra.target_modules import linear_targets
 
 NO_RECIPE = (
     "output", "logging", "log_", "save", "eval", "do_", "hub", "push", "report", "run_name", "project", "trackio",
-    "resume", "disable_tqdm", "load_best", "greater_is", "metric_for", "dataloader_num", "dataloader_pre", "max_steps",
-    "num_train_epochs", "seed", "data_seed", "dataset_num_proc", "local_rank", "debug",
+    "resume", "disable_tqdm", "load_best", "greater_is", "metric_for", "dataloader_num", "dataloader_pre", "seed",
+    "data_seed", "dataset_num_proc", "local_rank", "debug",
 )  # fmt: skip
 """Beginnings of the names of settings that do not change what a trial gives."""
 
-_NO_SETTINGS = ("output_dir", "cache_dir", "resume", "materialize")
+_NO_SETTINGS = ("output_dir", "cache_dir", "resume", "materialize", "max_seconds", "max_trial_seconds")
 """Likewise, of the search's own."""
+
+NUM_BASELINES = 3
+"""Exact allocation, best uniform plan, uniform 4-bit QLoRA."""
+
+LENGTH_SAMPLE = 1000
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,30 @@ class SearchSetup:
             revision=getattr(inputs.model.config, "_commit_hash", None),
             fingerprint=fingerprint_weights((name, dense_weight(layer)) for name, layer in self.linears.items()),
         )
+
+    @cached_property
+    def costs(self) -> SearchCosts:
+        """What trials cost."""
+        args = self.args
+        step_sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        epoch_steps = max(1, len(self.data.train) // step_sequences)
+        lengths = {split: _mean_length(getattr(self.data, split)) for split in ("train", "held_out")}
+        num_calibrated = min(self.config.num_calibration_sequences, len(self.data.train))
+        return SearchCosts(
+            full_steps=args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs),
+            step_tokens=step_sequences * lengths["train"],
+            eval_tokens=lengths["held_out"],
+            calibration_tokens=num_calibrated * lengths["train"],
+            fit_tokens=fit_tokens(map(dense_shape, self.linears.values()), len(self.bank_settings.bit_choices)),
+        )
+
+    def ladder(self) -> Ladder:
+        """Fidelities of the trials, and how many of each.
+
+        Raises:
+            SearchBudgetError: ``max_cost`` does not suffice for the baselines.
+        """
+        return build_ladder(self.config, self.costs, seed=self.config.seed, num_baselines=NUM_BASELINES)
 
     def _check_budget(self) -> None:
         smallest = self.problem_with(self.zero_table()).smallest_trainable_bytes
@@ -181,6 +214,12 @@ class SearchSetup:
             "train_dataset": _digest(self.data.train),
             "eval_dataset": _digest(self.data.held_out),
         }
+
+
+def _mean_length(dataset: Dataset) -> float:
+    """Tokens of a prepared sequence, on average over the first thousand."""
+    rows = dataset.select(range(min(LENGTH_SAMPLE, len(dataset))))
+    return sum(map(len, rows["input_ids"])) / len(rows)
 
 
 def _digest(dataset: Dataset) -> str:

@@ -30,6 +30,11 @@ class ModuleGroup:
     modules: tuple[str, ...]
     max_rank: int
 
+    @property
+    def kind(self) -> str:
+        """The name without layer numbers: what groups of all layers have in common."""
+        return ".".join(part for part in self.name.split(".") if not part.isdigit())
+
 
 @dataclass(frozen=True)
 class SearchSpace:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,19 +16,22 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from peft_autoqra.evaluation.held_out import held_out_loss
+from peft_autoqra.errors import SearchStateError
 from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.search_config import AutoQRASearchConfig
-from peft_autoqra.search_pipeline import SearchPipeline, trial_counts
-from peft_autoqra.search_result import SearchResult
+from peft_autoqra.search_ladder import Ladder
+from peft_autoqra.search_lock import search_lock
+from peft_autoqra.search_result import ComparedPlan, SearchResult
+from peft_autoqra.search_session import SearchSession
 from peft_autoqra.search_setup import SearchInputs, SearchSetup, load_model, load_tokenizer
-from peft_autoqra.trial import Fidelity, Trial
+from peft_autoqra.trial import Evaluator, Trial, TrialResult
 from peft_autoqra.trial_log import TrialLog
 
 LOG_FILE = "trials.jsonl"
+EXPLORING_SHARE = 0.7  # of max_seconds; the rest is for confirming what was found
 CALIBRATION_FOLDER = "calibration"
 
 
@@ -36,8 +40,11 @@ class AutoQRASearcher:
 
     Importance is measured on calibration data and allocated exactly; an evolutionary and a Bayesian stage improve on
     that with short SFTTrainer runs; the best plans and the baselines (uniform 4-bit QLoRA among them, where it fits
-    the budget) run once more for longer, and the lowest held-out loss wins. Every trial is on disk when it ends: the
-    same call after a crash goes on where the last one stopped.
+    the budget) are confirmed with further seeds. The winner is the plan with the lowest held-out loss, or a simpler
+    one that it is not better than beyond the 95% interval. All of it costs at most ``max_cost`` full fine-tunes.
+    Every trial is on disk when it ends: the same call after a crash goes on where the last one stopped, and asks for
+    the same trials in the same order. With a scheduler of your own use :meth:`ask` and :meth:`tell` instead of
+    :meth:`run`.
 
     Args:
         model: unquantized causal language model, or a hub id or folder of one. While :meth:`run` is under way its
@@ -79,6 +86,7 @@ class AutoQRASearcher:
             )
         )
         self._show_progress = show_progress
+        self._opened: _Open | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -102,38 +110,86 @@ class AutoQRASearcher:
         """Search, save ``plan/`` and ``search_result.json`` in the output directory, and return the result.
 
         Raises:
-            SearchStateError: the output directory holds another search, or every final trial failed.
+            SearchBudgetError: ``max_cost`` does not suffice for the baselines.
+            SearchStateError: another search runs in the output directory, or it holds one with other settings or of
+                another version, or every trial at the last fidelity failed.
             CalibrationError: a module that the data never reaches, or values that are not finite.
         """
+        with self.opened():
+            evaluator = self.setup.evaluator(self._open.bank)
+            try:
+                self._evaluate_all(evaluator)
+            finally:
+                self.setup.resident.restore()
+            return self.result()
+
+    @contextmanager
+    def opened(self) -> Iterator[AutoQRASearcher]:
+        """Hold the output directory for :meth:`ask`, :meth:`tell` and :meth:`result`; :meth:`run` does so itself.
+
+        Calibrates, and replays what the directory holds of the search.
+
+        Raises:
+            SearchBudgetError, SearchStateError, CalibrationError: as :meth:`run`.
+        """
         start = time.perf_counter()
-        log = TrialLog(self.output_dir / LOG_FILE, self.setup.identity(), resume=self.config.resume)
-        bank = self.calibrate()
-        calibration_seconds = time.perf_counter() - start
-        problem = self.setup.problem_with(bank.error_table.loss_table(self.setup.space))
-        evaluator = self.setup.evaluator(bank)
-        try:
-            with tqdm(desc="search", unit="trial", disable=not self._show_progress) as progress:
-                pipeline = SearchPipeline(self.setup, problem, evaluator, log, progress)
-                progress.reset(total=trial_counts(self.config).total)
-                finals = pipeline.run()
-                progress.total = progress.n
-        finally:
-            self.setup.resident.restore()
-        candidates = [
-            trial for trial in (*finals.searched.values(), *finals.baselines.values()) if trial.loss is not None
-        ]
-        winner = min(candidates, key=lambda trial: (trial.loss, trial.number))
-        plan = winner.plan
+        ladder = self.setup.ladder()
+        with search_lock(self.output_dir):
+            log = TrialLog(self.output_dir / LOG_FILE, self.setup.identity(), resume=self.config.resume)
+            bank = self.calibrate()
+            problem = self.setup.problem_with(bank.error_table.loss_table(self.setup.space))
+            session = SearchSession(self.setup, problem, ladder, log)
+            self._opened = _Open(session, bank, calibration_seconds=time.perf_counter() - start)
+            try:
+                yield self
+            finally:
+                self._opened = None
+
+    def ask(self, num: int = 1) -> list[Trial]:
+        """Trials to be evaluated, wherever and in whichever order, inside of ``with searcher.opened():``.
+
+        Those come first that a stopped search left open. There may be fewer than asked for while results of others
+        are needed to go on, and there are none when the search is over. ``Trial.to_dict()`` is JSON-ready;
+        ``searcher.setup.evaluator(bank)`` evaluates one in this process.
+
+        Raises:
+            SearchStateError: the searcher is not opened.
+        """
+        return self._open.session.ask(num)
+
+    def tell(self, trial: Trial, result: TrialResult) -> None:
+        """Give the result of a trial; it is on disk when this returns.
+
+        Raises:
+            SearchStateError: the searcher is not opened, or the trial is not under way.
+        """
+        self._open.session.tell(trial, result)
+
+    def result(self) -> SearchResult:
+        """The answer as things stand, saved in the output directory.
+
+        Raises:
+            SearchStateError: the searcher is not opened, or no trial at the last fidelity succeeded.
+        """
+        opened = self._open
+        session = opened.session
+        decision = session.decision()
+        winner = ComparedPlan(trials=tuple(session.trials_of(decision.winner, decision.variant)))
+        baselines = {name: session.trials_of(arm, session.variant(arm)) for name, arm in session.baselines().items()}
+        plan = winner.first.plan
         if plan.initialization == "compensate":
-            plan = plan.replace(calibration=bank.for_layers(plan))
+            plan = plan.replace(calibration=opened.bank.for_layers(plan))
         result = SearchResult(
             plan=self._described(plan, winner),
             winner=winner,
-            baselines=finals.baselines,
-            pareto_front=_pareto_front(log.trials, pipeline.short),
-            trials=tuple(log.trials),
+            baselines={name: ComparedPlan(trials=tuple(trials)) for name, trials in baselines.items() if trials},
+            pareto_front=_pareto_front(session.trials_at(session.engine.ledger.top)),
+            trials=tuple(session.log.trials),
             budget=self.setup.budget,
-            seconds=calibration_seconds + sum(trial.result.seconds for trial in log.trials),
+            cost=session.cost,
+            max_cost=self.config.max_cost,
+            seconds=opened.calibration_seconds + sum(_seconds(trial) for trial in session.log.trials),
+            surrogate_checks=tuple(session.engine.surrogate_checks),
         )
         result.save(self.output_dir)
         return result
@@ -142,13 +198,9 @@ class AutoQRASearcher:
         """What the search will take, from memory arithmetic and one timed forward and backward pass; trains nothing.
 
         Raises:
-            CalibrationError: as :meth:`run`.
+            SearchBudgetError, CalibrationError: as :meth:`run`.
         """
-        config, setup = self.config, self.setup
-        eval_batches = setup.data.batches(setup.data.held_out, config.num_eval_sequences)
-        eval_seconds = _seconds_of(lambda: held_out_loss(setup.model, eval_batches[:1])) * len(eval_batches)
-        counts = trial_counts(config)
-        steps = counts.short * config.short_steps + counts.final * config.final_steps
+        setup, ladder = self.setup, self.setup.ladder()
         memory = setup.memory_model
         return SearchEstimate(
             budget_bytes=setup.budget.limit_bytes,
@@ -157,24 +209,59 @@ class AutoQRASearcher:
             uniform={
                 bits: memory.estimate(memory.uniform(bits, 16), setup.quantizer) for bits in setup.space.bit_choices
             },
-            max_trials=counts.total,
-            max_seconds=steps * _step_seconds(setup) + counts.total * eval_seconds,
+            ladder=ladder,
+            full_steps=setup.costs.full_steps,
+            max_cost=self.config.max_cost,
+            full_seconds=setup.costs.full_steps * _step_seconds(setup),
         )
 
-    def _described(self, plan: BitRankPlan, winner: Trial) -> BitRankPlan:
+    @property
+    def _open(self) -> _Open:
+        if self._opened is None:
+            raise SearchStateError("The searcher is not opened; use `with searcher.opened():` around ask and tell.")
+        return self._opened
+
+    def _evaluate_all(self, evaluator: Evaluator) -> None:
+        """Ask, evaluate, tell, until nothing is left or the time is up."""
+        session, limit = self._open.session, self.config.max_seconds
+        spent = self._open.calibration_seconds + sum(_seconds(trial) for trial in session.log.trials)
+        is_finishing = False
+        with tqdm(desc="search", unit="trial", disable=not self._show_progress, initial=len(session.log.trials)) as bar:
+            while (limit is None or spent < limit) and (trials := session.ask(1)):
+                for trial in trials:
+                    bar.set_postfix_str(f"{trial.origin}, {trial.fidelity.num_steps} steps, cost {session.cost:.2f}")
+                    start = time.perf_counter()
+                    session.tell(trial, evaluator.evaluate(trial.plan, trial.fidelity))
+                    spent += time.perf_counter() - start
+                    bar.update()
+                if limit is not None and spent > EXPLORING_SHARE * limit and not is_finishing:
+                    session.finish()
+                    is_finishing = True
+
+    def _described(self, plan: BitRankPlan, winner: ComparedPlan) -> BitRankPlan:
         """The plan with a record of how it was found."""
         return plan.replace(
             provenance={
                 "peft_autoqra": version("peft-autoqra"),
-                "origin": winner.origin,
+                "origin": winner.first.origin,
                 "held_out_loss": winner.loss,
-                "steps": winner.fidelity.num_steps,
+                "steps": winner.first.fidelity.num_steps,
+                "learning_rate_factor": winner.first.fidelity.learning_rate_factor,
                 "lora_alpha": self.config.lora_alpha,
                 "budget_bytes": self.setup.budget.limit_bytes,
                 "budget_scope": self.setup.budget.scope,
                 "search": self.setup.identity(),
             }
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Open:
+    """What a searcher has while it holds its directory."""
+
+    session: SearchSession
+    bank: CalibrationBank
+    calibration_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,28 +273,36 @@ class SearchEstimate:
         budget_scope: what it limits.
         smallest_bytes: of the smallest plan in the search space that has an adapter.
         uniform: bits to the memory of uniform bits at rank 16.
-        max_trials: trials at most.
-        max_seconds: of those trials; calibration comes on top, once per model and data.
+        ladder: fidelities of the trials, how many of each, and their costs.
+        full_steps: of one full fine-tune.
+        max_cost: of the search, calibration included, in units of one full fine-tune.
+        full_seconds: estimated time of one full fine-tune on the unquantized model.
     """
 
     budget_bytes: int
     budget_scope: str
     smallest_bytes: int
     uniform: dict[int, MemoryEstimate]
-    max_trials: int
-    max_seconds: float
+    ladder: Ladder
+    full_steps: int
+    max_cost: float
+    full_seconds: float
 
 
-def _pareto_front(trials: list[Trial], fidelity: Fidelity) -> tuple[Trial, ...]:
-    """Trials of one fidelity that no other beats in both loss and bytes, smallest first."""
+def _pareto_front(trials: list[Trial]) -> tuple[Trial, ...]:
+    """Trials that no other beats in both loss and bytes, smallest first."""
     front: list[Trial] = []
     best = math.inf
-    completed = [(t.total_bytes, t.loss, t) for t in trials if t.loss is not None and t.fidelity == fidelity]
+    completed = [(trial.total_bytes, trial.loss, trial) for trial in trials if trial.loss is not None]
     for _, loss, trial in sorted(completed, key=lambda entry: entry[:2]):
         if loss < best:
             front.append(trial)
             best = loss
     return tuple(front)
+
+
+def _seconds(trial: Trial) -> float:
+    return trial.result.seconds if trial.result is not None else 0.0
 
 
 def _step_seconds(setup: SearchSetup) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
-from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan import BitRankPlan, LayerPlan, QuantizerSettings
 
 
 class TrialStatus(str, Enum):
@@ -57,18 +57,34 @@ class TrialResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self) | {"status": self.status.value}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> TrialResult:
+        """Undo :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the record is damaged.
+        """
+        status, losses = TrialStatus(record["status"]), tuple(record["sequence_losses"])
+        return cls(**{**record, "status": status, "sequence_losses": losses})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One evaluated plan.
+    """One plan to be evaluated, or evaluated.
 
     Attributes:
-        number: position in the log, from 0.
-        origin: who proposed it: ``"baseline"``, ``"allocation"``, ``"evolution"``, ``"trust_region"``, ...
-        plan: what was evaluated.
+        number: in the order of asking, from 0.
+        origin: who proposed it: ``"baseline"``, ``"allocation"``, ``"evolution"``, ``"trust_region"``,
+            ``"confirmation"``; of a plan from outside of the search space with its name, ``"baseline:qlora-4bit"``.
+        plan: what is evaluated.
         fidelity: how thoroughly.
         total_bytes: memory of the plan in the scope of the budget.
-        result: the outcome.
+        cost: booked for it, in units of one full fine-tune.
+        result: the outcome; None before there is one.
     """
 
     number: int
@@ -76,12 +92,54 @@ class Trial:
     plan: BitRankPlan
     fidelity: Fidelity
     total_bytes: int
-    result: TrialResult
+    cost: float = 0.0
+    result: TrialResult | None = None
 
     @property
     def loss(self) -> float | None:
-        """Shortcut for ``result.loss``."""
-        return self.result.loss
+        """Held-out loss, nats per token; None where there is none, or none yet."""
+        return self.result.loss if self.result is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with all that decides the outcome: enough to evaluate the plan in another process."""
+        plan = self.plan
+        record = {
+            "number": self.number,
+            "origin": self.origin,
+            "plan": {
+                "layers": {name: [layer.bits, layer.rank] for name, layer in plan.items()},
+                "shapes": plan.shapes,
+                "quantizer": asdict(plan.quantizer),
+                "initialization": plan.initialization,
+            },
+            "fidelity": asdict(self.fidelity),
+            "total_bytes": self.total_bytes,
+            "cost": self.cost,
+        }
+        return record if self.result is None else record | {"result": self.result.to_dict()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Trial:
+        """Undo :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the record is damaged.
+        """
+        plan, result = record["plan"], record.get("result")
+        return cls(
+            number=record["number"],
+            origin=record["origin"],
+            plan=BitRankPlan(
+                {name: LayerPlan(bits, rank) for name, (bits, rank) in plan["layers"].items()},
+                shapes={name: (n, k) for name, (n, k) in plan["shapes"].items()},
+                quantizer=QuantizerSettings(**plan["quantizer"]),
+                initialization=plan["initialization"],
+            ),
+            fidelity=Fidelity(**record["fidelity"]),
+            total_bytes=record["total_bytes"],
+            cost=record["cost"],
+            result=None if result is None else TrialResult.from_dict(result),
+        )
 
 
 class Evaluator(Protocol):

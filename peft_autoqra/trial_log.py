@@ -1,23 +1,45 @@
-"""The trials of a search on disk, one JSON line each, so that a killed search goes on where it stopped."""
+"""What happened in a search on disk, one JSON line each, so that a killed search goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_autoqra.errors import SearchStateError
-from peft_autoqra.plan import BitRankPlan, LayerPlan, QuantizerSettings
-from peft_autoqra.trial import Fidelity, Trial, TrialResult, TrialStatus
+from peft_autoqra.trial import Trial
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Trials were asked for.
+
+    Attributes:
+        num: how many.
+    """
+
+    num: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """From here on nothing more was explored, because the time was up."""
+
+
+Event = Asked | Finished | Trial
+"""A trial in the log has a result: it was told."""
 
 
 class TrialLog:
-    """Append-only JSONL: a header that names the search, then one record a trial.
+    """Append-only JSONL: a header that names the search, then what was asked and told, in order.
+
+    A search is a deterministic function of that order, so replaying it gives the same state, whatever was evaluated
+    side by side.
 
     Args:
         path: the file; made where missing.
@@ -32,8 +54,7 @@ class TrialLog:
     def __init__(self, path: Path, identity: Mapping[str, Any], *, resume: bool = True) -> None:
         """Read what is there, or write the header."""
         self.path = path
-        self.trials: list[Trial] = []
-        self._by_key: dict[tuple[str, Fidelity], Trial] = {}
+        self.events: list[Event] = []
         self._identity = json.loads(json.dumps(identity))
         if path.exists() and path.stat().st_size and not resume:
             raise SearchStateError(f"{path} holds a search already; use another output_dir, delete it or set resume.")
@@ -41,18 +62,21 @@ class TrialLog:
         if not self._read():
             self._append({"kind": "search", "version": FORMAT_VERSION, "identity": self._identity})
 
-    def find(self, plan: BitRankPlan, fidelity: Fidelity) -> Trial | None:
-        """The trial of this plan at this fidelity, failed ones included."""
-        return self._by_key.get((plan.digest, fidelity))
+    @property
+    def trials(self) -> list[Trial]:
+        """The trials with a result, in the order of telling."""
+        return [event for event in self.events if isinstance(event, Trial)]
 
-    def add(self, trial: Trial) -> None:
-        """Write a trial; it is on disk when this returns."""
-        self._append(_to_record(trial))
-        self._remember(trial)
+    def add(self, event: Event) -> None:
+        """Write an event; it is on disk when this returns.
 
-    def _remember(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        self._by_key[trial.plan.digest, trial.fidelity] = trial
+        Raises:
+            ValueError: a trial without a result.
+        """
+        if isinstance(event, Trial) and event.result is None:
+            raise ValueError(f"Trial {event.number} has no result to log.")
+        self._append(_to_record(event))
+        self.events.append(event)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -73,7 +97,7 @@ class TrialLog:
                 if number == 1:
                     self._check_header(record)
                 else:
-                    self._remember(_from_record(record))
+                    self.events.append(_from_record(record))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise self._damaged(number, error) from error
         if partial:  # killed while writing: that record never counted
@@ -99,42 +123,20 @@ class TrialLog:
             )
 
 
-def _to_record(trial: Trial) -> dict[str, Any]:
-    plan = trial.plan
-    return {
-        "kind": "trial",
-        "number": trial.number,
-        "origin": trial.origin,
-        "plan": {
-            "layers": {name: [layer.bits, layer.rank] for name, layer in plan.items()},
-            "shapes": plan.shapes,
-            "quantizer": asdict(plan.quantizer),
-            "initialization": plan.initialization,
-        },
-        "fidelity": asdict(trial.fidelity),
-        "total_bytes": trial.total_bytes,
-        "result": asdict(trial.result) | {"status": trial.result.status.value},
-    }
+def _to_record(event: Event) -> dict[str, Any]:
+    if isinstance(event, Trial):
+        return {"kind": "trial", **event.to_dict()}
+    return {"kind": "asked", "num": event.num} if isinstance(event, Asked) else {"kind": "finished"}
 
 
-def _from_record(record: Mapping[str, Any]) -> Trial:
-    plan, result = record["plan"], record["result"]
-    return Trial(
-        number=record["number"],
-        origin=record["origin"],
-        plan=BitRankPlan(
-            {name: LayerPlan(bits, rank) for name, (bits, rank) in plan["layers"].items()},
-            shapes={name: (n, k) for name, (n, k) in plan["shapes"].items()},
-            quantizer=QuantizerSettings(**plan["quantizer"]),
-            initialization=plan["initialization"],
-        ),
-        fidelity=Fidelity(**record["fidelity"]),
-        total_bytes=record["total_bytes"],
-        result=TrialResult(
-            **{
-                **result,
-                "status": TrialStatus(result["status"]),
-                "sequence_losses": tuple(result["sequence_losses"]),
-            }
-        ),
-    )
+def _from_record(record: Mapping[str, Any]) -> Event:
+    if record["kind"] == "trial":
+        trial = Trial.from_dict(record)
+        if trial.result is None:
+            raise KeyError("result")
+        return trial
+    if record["kind"] == "finished":
+        return Finished()
+    if record["kind"] == "asked" and isinstance(record["num"], int) and record["num"] > 0:
+        return Asked(record["num"])
+    raise ValueError(f"unknown kind {record['kind']!r}")

@@ -119,10 +119,10 @@ class TestRecipe:
         return parse
 
     def test_flags_go_before_the_recipe_before_the_defaults(self, parse):
-        recipe = parse({"learning_rate": 5e-4, "short_steps": 3, "weight_decay": 0.1}, "--short_steps", "4")
+        recipe = parse({"learning_rate": 5e-4, "max_trials": 3, "weight_decay": 0.1}, "--max_trials", "4")
         _, _, search_args, args, _ = recipe.settings
-        assert (search_args.short_steps, search_args.final_steps, args.learning_rate) == (4, 30, 5e-4)
-        assert recipe.given == {"learning_rate": 5e-4, "short_steps": 4, "weight_decay": 0.1}
+        assert (search_args.max_trials, search_args.num_seeds, args.learning_rate) == (4, 3, 5e-4)
+        assert recipe.given == {"learning_rate": 5e-4, "max_trials": 4, "weight_decay": 0.1}
 
     def test_exponents_without_a_dot_and_single_list_items_are_understood(self, parse):
         recipe = parse("learning_rate: 1e-3\nrank_choices: 8\nbit_choices: [2, 4]\n")
@@ -165,8 +165,8 @@ class TestRecipe:
             ("learning_rat: 1.0", ["learning_rat", "learning_rate"]),
             ("a: [1", ["no YAML"]),
             ("- 1", ["mapping"]),
-            ("short_steps: many", ["short_steps", "many"]),
-            ("short_steps: 40", ["final_steps=30", "short_steps=40"]),
+            ("max_trials: many", ["max_trials", "many"]),
+            ("max_cost: -1.0", ["max_cost=-1.0", "above 0"]),
             ("env: [1]", ["env=[1]", "mapping"]),
             ('bit_choices: [2, "4"]', ["bit_choices=[2, '4']", "integers"]),
             ("num_eval_sequences: 1.5", ["num_eval_sequences=1.5", "integer"]),

@@ -52,7 +52,7 @@ def plan_folder(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------------------------------ examples
 def test_search(run_example, tiny, tmp_path):
     flags = ["--dataset", tiny.data, "--output_dir", tmp_path / "out"]
-    text = run_example("01_search.py", *flags, "--short_steps", "1", "--final_steps", "1", "--max_length", "16")
+    text = run_example("01_search.py", *flags, "--max_cost", "1000", "--max_trials", "6", "--max_length", "16")
     assert "winner: loss" in text
     assert "qlora-4bit: loss" in text
     assert BitRankPlan.from_pretrained(tmp_path / "out" / "plan")
@@ -152,7 +152,7 @@ def test_python_blocks_run(tiny, tmp_path, monkeypatch):
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(tiny.model),
         "trl-lib/Capybara": str(tiny.data),
         "SFTConfig(": "SFTConfig(use_cpu=True, max_steps=1, report_to=[], ",
-        "AutoQRASearchConfig(m": "AutoQRASearchConfig(short_steps=1, final_steps=1, num_generations=0, m",
+        "AutoQRASearchConfig(m": "AutoQRASearchConfig(max_cost=1000.0, max_trials=6, m",
         "max_length=256": "max_length=16",
     }
     for block in blocks:

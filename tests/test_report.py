@@ -41,13 +41,14 @@ def trial_line(number: int, origin: str, num_steps: int, loss: float | None, err
 
 def summary(loss: float, **more) -> dict:
     figures = {"origin": "evolution", "steps": 30, "total_bytes": 7600, "average_bits": 3.5, "average_rank": 7.0}
+    figures["seed_losses"] = [loss] * 3
     return {"number": 0, "loss": loss, **figures, **more}
 
 
 @pytest.fixture
 def search_directory(tmp_path) -> Path:
     PLAN.save_pretrained(tmp_path / "plan")
-    lines = [json.dumps({"kind": "search", "version": 1, "identity": {"memory_budget": "8kB", "seed": 5}}) + "\n"]
+    lines = [json.dumps({"kind": "search", "version": 2, "identity": {"memory_budget": "8kB", "seed": 5}}) + "\n"]
     lines += [trial_line(i, "evolution", 0, 3.0 + i / 100) for i in range(12)]
     lines += [
         trial_line(12, "evolution", 0, 99.0),
@@ -56,13 +57,16 @@ def search_directory(tmp_path) -> Path:
         trial_line(15, "baseline:qlora-4bit", 30, 2.8),
     ]
     (tmp_path / "trials.jsonl").write_text("".join(lines))
-    margin = {"mean": -0.1, "standard_error": 0.025}
+    margin = {"mean": -0.1, "standard_error": 0.025, "interval": [-0.15, -0.05], "num_seeds": 3}
     result = {
         "winner": summary(2.7),
         "baselines": {"qlora-4bit": summary(2.8, winner_minus_this=margin)},
         "budget_bytes": 8000,
         "budget_scope": "training",
         "seconds": 93.0,
+        "verdict": "Better than the best baseline, qlora-4bit.",
+        "cost": 0.9,
+        "max_cost": 1.0,
     }
     (tmp_path / "search_result.json").write_text(json.dumps(result))
     (tmp_path / "recipe.yaml").write_text("model_name_or_path: someone/some-model\n")

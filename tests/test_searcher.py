@@ -29,12 +29,9 @@ def make_searcher(tiny_llama, tmp_path):
             "rank_choices": [0, 2, 4],
             "num_calibration_sequences": 8,
             "num_eval_sequences": 8,
-            "population_size": 4,
-            "num_generations": 2,
-            "num_promoted": 1,
-            "num_trust_region_trials": 2,
-            "short_steps": 1,
-            "final_steps": 2,
+            "max_cost": 1000.0,
+            "max_trials": 16,
+            "num_seeds": 2,
             "cache_dir": str(tmp_path / "cache"),
         } | changes
         args = SFTConfig(
@@ -47,6 +44,7 @@ def make_searcher(tiny_llama, tmp_path):
             report_to=[],
             use_cpu=True,
             learning_rate=1e-3,
+            max_steps=4,
         )
         return AutoQRASearcher(
             model=tiny_llama(),

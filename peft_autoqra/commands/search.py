@@ -10,9 +10,8 @@ from peft_autoqra.commands.parser import RECIPE_FILE
 from peft_autoqra.commands.searcher_recipe import read_searcher
 from peft_autoqra.commands.tables import memory_table, text_table
 from peft_autoqra.report import write_report
-from peft_autoqra.search_result import PLAN_FOLDER, SearchResult, paired_difference
+from peft_autoqra.search_result import PLAN_FOLDER, ComparedPlan, SearchResult
 from peft_autoqra.searcher import SearchEstimate
-from peft_autoqra.trial import Trial
 from peft_autoqra.units import format_bytes, format_seconds
 
 DESCRIPTION = "Find the weight bits and LoRA rank of every layer within a memory budget. A stopped search goes on."
@@ -55,8 +54,28 @@ def estimate_text(estimate: SearchEstimate) -> str:
             memory_table(columns),
             f"Within the budget: {', '.join(fits) if fits else 'none of these'}.",
             "",
-            f"The search runs at most {estimate.max_trials} trials, about {format_seconds(estimate.max_seconds)}. "
-            "Calibration comes on top, once for a model and its data.",
+            spending_text(estimate),
+        ]
+    )
+
+
+def spending_text(estimate: SearchEstimate) -> str:
+    """How the search will spend what it may cost."""
+    ladder, spending = estimate.ladder, estimate.ladder.spending
+    rows = [("calibration", "-", "-", f"{ladder.calibration_cost:.3f}")]
+    top = len(ladder.fidelities) - 1
+    for level, (fidelity, cost) in enumerate(zip(ladder.fidelities, spending.level_costs, strict=True)):
+        num = spending.num_at(level)
+        steps = f"{fidelity.num_steps} steps" if fidelity.num_steps else "untrained"
+        seeds = f", finalists with {spending.num_seeds} seeds" if level == top else ""
+        rows.append((f"trials, {steps}{seeds}", f"up to {num}", f"{cost:.4f}", f"up to {num * cost:.3f}"))
+    return "\n".join(
+        [
+            f"The search costs at most {estimate.max_cost:g} full fine-tunes ({estimate.full_steps:,} steps each, about "
+            f"{format_seconds(estimate.full_seconds)} here), calibration included:",
+            text_table(("part", "number", "cost of one", "cost"), rows),
+            f"Trials are scored on {ladder.final.num_eval_sequences} held-out sequences. Together at most "
+            f"{format_seconds(estimate.max_cost * estimate.full_seconds)}; what one stage leaves, others spend.",
         ]
     )
 
@@ -69,28 +88,31 @@ def result_text(result: SearchResult, directory: Path) -> str:
     return "\n".join(
         [
             "",
-            f"{len(result.trials)} trials, {format_seconds(result.seconds)}. Budget "
-            f"{format_bytes(result.budget.limit_bytes)} ({result.budget.scope}).{failed}",
+            f"{len(result.trials)} trials, {format_seconds(result.seconds)}, cost {result.cost:.2f} of at most "
+            f"{result.max_cost:g} full fine-tunes. Budget {format_bytes(result.budget.limit_bytes)} "
+            f"({result.budget.scope}).{failed}",
             "",
-            text_table(("plan", "loss", "winner - this", "training", "stored", "bits", "rank"), rows),
-            f"Loss: held-out, nats per token, after {result.winner.fidelity.num_steps} steps; below 0 favours the "
-            "winner, ± one standard error over sequences.",
+            text_table(("plan", "loss", "seeds", "winner - this", "training", "stored", "bits", "rank"), rows),
+            f"Loss: held-out, nats per token, after {result.winner.first.fidelity.num_steps} steps, mean over seeds; "
+            "below 0 favours the winner, with its 95% interval.",
             "",
-            f"The winner came from {result.winner.origin}.",
+            f"{result.verdict} The winner came from {result.winner.first.origin}.",
             f"plan    {directory / PLAN_FOLDER}",
         ]
     )
 
 
-def _row(name: str, trial: Trial, result: SearchResult) -> list[str]:
+def _row(name: str, compared: ComparedPlan, result: SearchResult) -> list[str]:
+    trial = compared.first
     memory = trial.plan.memory
     scoped = {result.budget.scope: format_bytes(trial.total_bytes)}
     if memory is not None:
         scoped = {"training": format_bytes(memory.total_bytes), "stored": format_bytes(memory.stored_bytes)}
     return [
         name,
-        "failed" if trial.loss is None else f"{trial.loss:.4f}",
-        _margin(trial, result.winner),
+        "failed" if compared.loss is None else f"{compared.loss:.4f}",
+        str(len(compared.trials)),
+        _margin(compared, result.winner),
         scoped.get("training", "-"),
         scoped.get("stored", "-"),
         f"{trial.plan.average_bits:.2f}",
@@ -98,11 +120,12 @@ def _row(name: str, trial: Trial, result: SearchResult) -> list[str]:
     ]
 
 
-def _margin(trial: Trial, winner: Trial) -> str:
-    if trial is winner or trial.loss is None or trial.fidelity != winner.fidelity:
+def _margin(compared: ComparedPlan, winner: ComparedPlan) -> str:
+    margin = winner.minus(compared)
+    if margin is None or compared.first == winner.first:
         return "-"
-    margin = paired_difference(winner, trial)
-    return f"{margin.mean:+.4f} ± {margin.standard_error:.4f}"
+    low, high = margin.interval
+    return f"{margin.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _next_command(directory: Path) -> str:

@@ -16,9 +16,10 @@ from peft_autoqra.importance.priors import ImportancePriors
 from peft_autoqra.importance.repair import fill
 from peft_autoqra.search.embedding import OrdinalEmbedding
 from peft_autoqra.search.gp_fit import one_thread
+from peft_autoqra.search.loss_features import LossFeatures
 from peft_autoqra.search.neighborhood import Positions, Region, keys, local_search
 from peft_autoqra.search.operators import coupled_mutation, guided_mutation
-from peft_autoqra.search.proxy_gp import ProxyGP
+from peft_autoqra.search.proxy_gp import Hyperparameters, LossData, ProxyGP
 from peft_autoqra.search.trust_region import TrustRegionState, update_state
 from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 MIN_OBSERVATIONS = 5  # with fewer there is no spread to learn from, and candidates are mutants of the incumbent
 NUM_MUTANTS = 24
-NUM_STARTS = 3
+NUM_STARTS = 2
+NUM_DRAWS = 1  # exact allocations of scores drawn from the posterior, beside that of their mean
+REFIT_GROWTH = 1.2  # hyperparameters are fitted again when there are so many times the observations
 
 
 class Observation(NamedTuple):
@@ -37,11 +40,14 @@ class Observation(NamedTuple):
         candidate: ladder positions.
         loss: nats per token; None or NaN for a failed trial.
         standard_error: of the loss, nats per token; None where unknown.
+        level: how many fidelities below the stage's own it was observed at; losses of another fidelity teach the
+            model, and say nothing about the incumbent.
     """
 
     candidate: Candidate
     loss: float | None
     standard_error: float | None = None
+    level: int = 0
 
 
 ObservationLike = Observation | tuple[Candidate, float | None, float | None]
@@ -95,43 +101,57 @@ class TrustRegionSettings:
 class TrustRegionStage:
     """Ask for candidates, tell their losses, until ``is_done``.
 
-    The loss is modelled as ``a + b * predicted + GP(embedding)`` with the additive proxy as prior mean, so the GP
-    spends its few observations on what the proxy gets wrong. Log expected improvement is maximized over feasible
-    candidates of the region that were never asked for, a batch one by one under the belief that those before it give
-    their expected loss. Equal arguments and equal tells give equal asks.
+    The loss is modelled as ``a + b * predicted + linear(features) + GP(embedding)`` with the additive proxy as prior
+    mean, so that few observations suffice for what the proxy gets wrong; see :class:`ProxyGP`. Log expected
+    improvement is maximized over feasible candidates of the region that were never asked for, by discrete local
+    search from the incumbent, from mutants, and from exact allocations of the scores as the model corrects them; a
+    batch one by one under the belief that those before it give their expected loss. A region that collapses is
+    followed by another one around the exact allocation of scores drawn from the posterior (TuRBO's restart, keeping
+    the observations). Equal arguments and equal tells give equal asks.
 
     Args:
         problem: space, tables and budget.
         settings: see :class:`TrustRegionSettings`.
         observations: what is known already; they count as no trials. Infeasible ones teach the model only.
+        pool: the only candidates that can be evaluated, where not all of the space can.
     """
 
     def __init__(
-        self, problem: SearchProblem, settings: TrustRegionSettings, observations: Sequence[ObservationLike] = ()
+        self,
+        problem: SearchProblem,
+        settings: TrustRegionSettings,
+        observations: Sequence[ObservationLike] = (),
+        pool: Sequence[Candidate] = (),
     ) -> None:
         """Take over what is known; nothing is fitted yet."""
         self.problem, self.settings = problem, settings
         self.state = settings.initial_state()
         self.num_asked = 0
+        self.num_restarts = 0
         self._importance = ImportancePriors.from_marginal_losses(problem)
         self._embedding = OrdinalEmbedding(problem, self._importance)
+        self._features = LossFeatures(problem)
         self._rng = np.random.default_rng(settings.seed)
-        self._observations: dict[Candidate, Observation] = {}
+        self._observations: dict[tuple[Candidate, int], Observation] = {}
+        self._pool = np.asarray(pool, dtype=np.int64)
         self._pending: list[Candidate] = []
         self._batch_losses: list[float] = []
         self._is_converged = False
+        self._restart_centre: Candidate | None = None
+        self._hyperparameters: Hyperparameters | None = None
+        self._num_fitted = 0
         self._record([Observation(*known) for known in observations])
 
     @property
     def incumbent(self) -> Candidate | None:
         """The feasible candidate with the least observed loss; None before any."""
-        feasible = [known for known in self._usable() if self.problem.is_feasible(known.candidate)]
+        feasible = self._feasible()
         return min(feasible, key=_loss).candidate if feasible else None
 
     @property
     def is_done(self) -> bool:
-        """Trials used up, nothing promising enough left, or the region collapsed; ``ask`` then gives nothing."""
-        return self.num_asked >= self.settings.num_trials or self._is_converged or self.state.restart_triggered
+        """Trials used up, or nothing promising enough left; ``ask`` then gives nothing."""
+        return self.num_asked >= self.settings.num_trials or self._is_converged
 
     @one_thread()
     def ask(self, num: int = 1) -> list[Candidate]:
@@ -157,13 +177,14 @@ class TrustRegionStage:
         Raises:
             ValueError: a candidate is off the ladders, or a standard error is negative.
         """
-        told = {known.candidate: known for known in (Observation(*result) for result in results)}
-        self._batch_losses += [_loss(told[candidate]) for candidate in self._pending if candidate in told]
-        self._pending = [candidate for candidate in self._pending if candidate not in told]
+        told = [Observation(*result) for result in results]
+        own = {known.candidate: known for known in told if known.level == 0}
+        self._batch_losses += [_loss(own[candidate]) for candidate in self._pending if candidate in own]
+        self._pending = [candidate for candidate in self._pending if candidate not in own]
         if not self._pending:
             self.state = update_state(self.state, self._batch_losses, self.settings.improvement_tolerance)
             self._batch_losses = []
-        self._record(list(told.values()))
+        self._record(told)
 
     def _record(self, results: Sequence[Observation]) -> None:
         for known in results:
@@ -171,22 +192,26 @@ class TrustRegionStage:
                 raise ValueError(f"A candidate that was told is not on the ladders: {known.candidate[:4]}...")
             if known.standard_error is not None and known.standard_error < 0:
                 raise ValueError(f"standard_error={known.standard_error} must not be negative.")
-            self._observations[known.candidate] = known
-            if self.problem.is_feasible(known.candidate) and not self._pending:
+            self._observations[known.candidate, known.level] = known
+            if known.level == 0 and self.problem.is_feasible(known.candidate) and not self._pending:
                 self.state = replace(self.state, best_loss=min(self.state.best_loss, _loss(known)))
 
     def _usable(self) -> list[Observation]:
         return [known for known in self._observations.values() if math.isfinite(_loss(known))]
 
+    def _feasible(self) -> list[Observation]:
+        return [known for known in self._usable() if known.level == 0 and self.problem.is_feasible(known.candidate)]
+
     def _has_enough(self) -> bool:
         return len(self._usable()) >= MIN_OBSERVATIONS and self.incumbent is not None
 
     def _centre(self) -> Candidate:
-        """The incumbent; before any, the exact allocation on the proxy."""
-        return self.incumbent or allocate(self.problem)
+        """The incumbent, or where the region was started again; before any, the exact allocation on the proxy."""
+        return self._restart_centre or self.incumbent or allocate(self.problem)
 
     def _region(self, batch: Sequence[Candidate]) -> Region:
-        taken = [*self._observations, *self._pending, *batch]
+        seen = [candidate for candidate, level in self._observations if level == 0]
+        taken = [*seen, *self._pending, *batch]
         return Region(
             self.problem,
             self.problem.space.as_array(self._centre()),
@@ -208,11 +233,11 @@ class TrustRegionStage:
     def _propose_by_mutation(self, num: int) -> list[Candidate]:
         """For want of observations, the mutants that the proxy likes best, then what else it likes nearby."""
         region = self._region([])
-        mutants = np.unique(self._mutants(region), axis=0)
-        mutants = mutants[region.contains(mutants)]
+        mutants = np.unique(self._pool if len(self._pool) else self._mutants(region), axis=0)
+        mutants = mutants[region.may_propose(mutants) if len(self._pool) else region.contains(mutants)]
         order = np.argsort(self._embedding.predicted_losses(mutants), kind="stable")[:num]
         batch = [self.problem.space.from_array(mutant) for mutant in mutants[order]]
-        while len(batch) < num:
+        while len(batch) < num and not len(self._pool):
             found, value = local_search(self._region(batch), region.centre, self._negative_prediction)
             if value == -math.inf:
                 break
@@ -225,6 +250,8 @@ class TrustRegionStage:
     def _propose_by_model(self, num: int) -> list[Candidate]:
         """Greedy batch of maximizers of the log expected improvement; ends early where there is none to speak of."""
         model = self._fit_model()
+        if self.state.restart_triggered:
+            self._restart(model)
         batch: list[Candidate] = []
         while len(batch) < num:
             found, value = self._maximize(model, self._region(batch))
@@ -235,27 +262,52 @@ class TrustRegionStage:
             model.believe(found[None])
         return batch
 
+    def _restart(self, model: ProxyGP) -> None:
+        """A region of the first size around the exact allocation of corrected scores."""
+        self.num_restarts += 1
+        best_loss = self.state.best_loss
+        self.state = replace(self.settings.initial_state(), best_loss=best_loss)
+        self._restart_centre = self._corrected_allocation(model, self._rng)
+
+    def _corrected_allocation(self, model: ProxyGP, rng: np.random.Generator | None) -> Candidate:
+        return allocate(replace(self.problem, loss_table=model.corrected_table(rng)))
+
     def _fit_model(self) -> ProxyGP:
         usable = self._usable()
+        num_levels = 1 + max(known.level for known in self._observations.values())
         errors = [math.nan if known.standard_error is None else known.standard_error for known in usable]
-        positions = np.asarray([known.candidate for known in usable], dtype=np.int64)
-        losses = np.asarray([_loss(known) for known in usable])
-        model = ProxyGP(self._embedding, positions, losses, np.asarray(errors))
+        data = LossData(
+            positions=np.asarray([known.candidate for known in usable], dtype=np.int64),
+            losses=np.asarray([_loss(known) for known in usable]),
+            standard_errors=np.asarray(errors),
+            levels=np.asarray([num_levels - 1 - known.level for known in usable]),
+            num_levels=num_levels,
+        )
+        refit = self._hyperparameters is None or len(usable) >= REFIT_GROWTH * self._num_fitted
+        model = ProxyGP(self._embedding, self._features, data, None if refit else self._hyperparameters)
+        if refit:
+            self._hyperparameters, self._num_fitted = model.hyperparameters, len(usable)
         if self._pending:
             model.believe(np.asarray(self._pending, dtype=np.int64))
         return model
 
     def _maximize(self, model: ProxyGP, region: Region) -> tuple[npt.NDArray[np.int64], float]:
         """The best candidate of the region and its log expected improvement, log nats."""
-        feasible = [known.candidate for known in self._usable() if self.problem.is_feasible(known.candidate)]
-        best_loss = float(model.posterior(np.asarray(feasible, dtype=np.int64))[0].min())
+        known = np.asarray([known.candidate for known in self._feasible()], dtype=np.int64)
+        best_loss = float(model.posterior(known)[0].min())
 
         def score(positions: Positions) -> npt.NDArray[np.float64]:
             return model.log_expected_improvement(positions, best_loss)
 
-        mutants = self._mutants(region)
-        promising = np.argsort(-score(mutants[1:]), kind="stable")[: NUM_STARTS - 1] + 1
-        found = [local_search(region, mutants[start], score) for start in (0, *promising)]
+        if len(self._pool):
+            free = self._pool[region.may_propose(self._pool)]
+            values = score(free) if len(free) else np.array([-math.inf])
+            return (free if len(free) else self._pool)[int(values.argmax())], float(values.max())
+        targets = [self._corrected_allocation(model, rng) for rng in (None, *[self._rng] * NUM_DRAWS)]
+        allocated = [region.towards(self.problem.space.as_array(target), self._importance) for target in targets]
+        starts = np.unique(np.concatenate([self._mutants(region), allocated]), axis=0)
+        promising = np.argsort(-score(starts), kind="stable")[:NUM_STARTS]
+        found = [local_search(region, start, score) for start in starts[promising]]
         return max(found, key=lambda pair: pair[1])
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from peft_autoqra.importance.priors import ImportancePriors
+from peft_autoqra.importance.repair import repair
 from peft_autoqra.search_problem import SearchProblem
 
 Positions = npt.NDArray[np.int64]
@@ -52,14 +54,37 @@ class Region:
     taken: AbstractSet[bytes]
 
     def contains(self, positions: Positions) -> npt.NDArray[np.bool_]:
-        """Which candidates may be proposed, ``[num_candidates]``."""
+        """Which candidates are near and may be proposed, ``[num_candidates]``."""
+        return np.asarray(self.is_near(positions) & self.may_propose(positions))
+
+    def may_propose(self, positions: Positions) -> npt.NDArray[np.bool_]:
+        """Which candidates keep the budget and are not taken, near or not, ``[num_candidates]``."""
         free = np.array([key not in self.taken for key in keys(positions)], dtype=bool)
-        affordable = total_bytes(self.problem, positions) <= self.problem.budget_bytes
-        return np.asarray(self.is_near(positions) & free & affordable)
+        return np.asarray(free & (total_bytes(self.problem, positions) <= self.problem.budget_bytes))
 
     def is_near(self, positions: Positions) -> npt.NDArray[np.bool_]:
         """Which candidates are at most ``length`` edits from the centre, ``[num_candidates]``."""
         return np.asarray(np.abs(positions - self.centre).sum(axis=(1, 2)) <= self.length)
+
+    def towards(self, target: npt.NDArray[np.int64], importance: ImportancePriors) -> npt.NDArray[np.int64]:
+        """As far from the centre towards a target as the region reaches, within the budget.
+
+        Groups move whole, those first whose move gains most in the additive estimate; then the budget is repaired,
+        which may lead out of the region: the centre is given then.
+        """
+        moves = np.abs(target - self.centre).sum(axis=1)
+        if moves.sum() <= self.length:
+            return target
+        groups = np.arange(len(target))
+        loss = self.problem.loss_table
+        gain = loss[groups, *self.centre.T] - loss[groups, *target.T]
+        order = np.argsort(-gain / np.maximum(moves, 1), kind="stable")
+        reached = np.cumsum(moves[order]) <= self.length
+        position = self.centre.copy()
+        position[order[reached]] = target[order[reached]]
+        space = self.problem.space
+        repaired = space.as_array(repair(self.problem, space.from_array(position), importance))
+        return repaired if self.is_near(repaired[None])[0] else self.centre
 
 
 def single_edits(problem: SearchProblem, position: npt.NDArray[np.int64]) -> Positions:

@@ -1,132 +1,165 @@
-"""Gaussian process of the true loss around the additive proxy."""
+"""Gaussian process of the true loss around the additive proxy, over candidates and fidelities."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from botorch.models import SingleTaskGP
-from gpytorch.kernels import AdditiveKernel, Kernel, MaternKernel, ScaleKernel
-from gpytorch.means import Mean
-from gpytorch.priors import GammaPrior, LogNormalPrior, NormalPrior
 from scipy.special import erfcx, ndtr
 
 from peft_autoqra.search.embedding import OrdinalEmbedding
 from peft_autoqra.search.gp_fit import fit_hyperparameters
+from peft_autoqra.search.loss_features import LossFeatures
+from peft_autoqra.search.loss_kernels import BlockLinearKernel, ProxyMean, loss_kernel
 
 MIN_NOISE_VARIANCE = 1e-4  # of standardized losses; below it, covariances of near-identical candidates are singular
 MIN_VARIANCE = 1e-10
 PROXY_DISTRUST = 0.1  # of a predicted rise, by which the truth may well differ
 
-
-class ProxyMean(Mean):  # type: ignore[misc]
-    """``m(x) = constant + exp(log_scale) * x[..., -1]``, the last column being the additive prediction.
-
-    Both are learned. The scale is positive, and about one (within a factor of two) unless the data say otherwise:
-    training recovers a part of the predicted rise, but hardly turns its order round.
-    """
-
-    def __init__(self) -> None:
-        """Start at the proxy itself."""
-        super().__init__()
-        self.register_parameter("constant", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
-        self.register_parameter("log_scale", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
-        self.register_prior("constant_prior", NormalPrior(0.0, 1.0), "constant")
-        self.register_prior("log_scale_prior", NormalPrior(0.0, 0.7), "log_scale")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Prior mean ``[..., n]`` at ``[..., n, d]``."""
-        mean: torch.Tensor = self.constant + self.log_scale.exp() * x[..., -1]
-        return mean
+Hyperparameters = Mapping[str, torch.Tensor]
 
 
-def _kernel(num_group_columns: int, num_coverage_columns: int) -> Kernel:
-    """Matérn-5/2 on the coverages plus Matérn-5/2 on the groups: a trend, and what single groups do to it.
-
-    A group's edits are short moves in the embedding (0.03 at 64 equal groups), hence the shorter lengthscale there.
-    """
-    stop = num_group_columns + num_coverage_columns
-    columns = ((range(num_group_columns), -1.5), (range(num_group_columns, stop), -0.5))
-    parts = [
-        ScaleKernel(
-            MaternKernel(nu=2.5, active_dims=tuple(dims), lengthscale_prior=LogNormalPrior(log_lengthscale, 1.0)),
-            outputscale_prior=GammaPrior(2.0, 1.0),
-        )
-        for dims, log_lengthscale in columns
-    ]
-    for part in parts:
-        part.outputscale = 1.0
-    return AdditiveKernel(*parts)
-
-
-@dataclass(frozen=True)
-class LossScaling:
-    """Nats to standardized units and back: ``standardized = (loss - offset) / unit``; predictions share the unit.
+@dataclass(frozen=True, eq=False)
+class LossData:
+    """Observed candidates.
 
     Attributes:
-        offset: mean observed loss.
-        unit: standard deviation of the observed losses, or ``PROXY_DISTRUST`` of the mean predicted rise where that
-            is more: candidates that happen to be close do not make the model sure of all others.
-        predicted_offset: mean prediction.
+        positions: ladder positions, ``[num_observations, num_groups, 2]``.
+        losses: nats per token, ``[num_observations]``.
+        standard_errors: of the losses, nats per token, NaN where unknown, ``[num_observations]``.
+        levels: fidelities, 0 is the cheapest, ``[num_observations]``.
+        num_levels: of fidelities; predictions are for the last.
     """
 
-    offset: float
-    unit: float
-    predicted_offset: float
+    positions: npt.NDArray[np.int64]
+    losses: npt.NDArray[np.float64]
+    standard_errors: npt.NDArray[np.float64]
+    levels: npt.NDArray[np.int64]
+    num_levels: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class LossScaling:
+    """Nats to standardized units and back: ``standardized = (loss - offset) / unit``, by fidelity.
+
+    Attributes:
+        offset: mean observed loss, ``[num_levels]``.
+        unit: standard deviation of the observed losses, or ``PROXY_DISTRUST`` of the mean predicted rise where that
+            is more (candidates that happen to be close do not make the model sure of all others), ``[num_levels]``.
+        predicted_offset: mean prediction, ``[num_levels]``.
+        column_offset: mean columns of :class:`LossFeatures`, ``[num_levels, num_columns]``.
+    """
+
+    offset: npt.NDArray[np.float64]
+    unit: npt.NDArray[np.float64]
+    predicted_offset: npt.NDArray[np.float64]
+    column_offset: npt.NDArray[np.float64]
 
     @classmethod
-    def fit(cls, losses: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> LossScaling:
-        """From observed losses and their predictions, each ``[num_observations]``."""
-        resolution = 1e-9 * max(1.0, float(np.abs(losses).max()))
-        unit = max(float(losses.std()), PROXY_DISTRUST * float(np.abs(predicted).mean()), resolution)
-        return cls(float(losses.mean()), unit, float(predicted.mean()))
+    def fit(
+        cls, data: LossData, predicted: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]
+    ) -> LossScaling:
+        """From observed losses, their predictions ``[num_observations]`` and their columns.
+
+        A fidelity without observations takes the figures of the most expensive one that has some.
+        """
+        last = data.levels.max()
+        members = [data.levels == (level if (data.levels == level).any() else last) for level in range(data.num_levels)]
+        return cls(
+            np.array([data.losses[m].mean() for m in members]),
+            np.array([_unit(data.losses[m], predicted[m]) for m in members]),
+            np.array([predicted[m].mean() for m in members]),
+            np.stack([columns[m].mean(axis=0) for m in members]),
+        )
+
+
+def _unit(losses: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> float:
+    resolution = 1e-9 * max(1.0, float(np.abs(losses).max()))
+    return max(float(losses.std()), PROXY_DISTRUST * float(np.abs(predicted).mean()), resolution)
 
 
 class ProxyGP:
-    """Posterior over the true loss, ``y = a + b * predicted + GP(embedding)``, float64.
+    """Posterior over the true loss, ``y = a + b * predicted + linear(features) + GP(embedding)``, float64.
 
     Args:
         embedding: of the search problem.
-        positions: observed candidates, ``[num_observations, num_groups, 2]``.
-        losses: nats per token, ``[num_observations]``.
-        standard_errors: of the losses, nats per token, NaN where unknown, ``[num_observations]``. Unknown ones are
-            taken to be as large as the known ones on average; where none is known the noise is learned.
+        features: likewise.
+        data: what was observed. Unknown standard errors are taken to be as large as the known ones on average; where
+            none is known the noise is learned.
+        hyperparameters: of an earlier model of the same problem, to be taken over as they are; None fits them.
     """
 
     def __init__(
         self,
         embedding: OrdinalEmbedding,
-        positions: npt.NDArray[np.int64],
-        losses: npt.NDArray[np.float64],
-        standard_errors: npt.NDArray[np.float64],
+        features: LossFeatures,
+        data: LossData,
+        hyperparameters: Hyperparameters | None = None,
     ) -> None:
         """Standardize, and fit the hyperparameters by maximum a posteriori."""
-        self.embedding = embedding
-        self.scaling = LossScaling.fit(losses, embedding.predicted_losses(positions))
+        self.embedding, self.features, self.top = embedding, features, data.num_levels - 1
+        predicted = embedding.predicted_losses(data.positions)
+        self.scaling = LossScaling.fit(data, predicted, features.transform_positions(data.positions))
+        num_embedded = embedding.num_group_columns + embedding.num_coverage_columns
+        self._linear = range(num_embedded, num_embedded + features.num_columns)
+        levels = range(self._linear.stop, self._linear.stop + self.top)
+        losses = (data.losses - self.scaling.offset[data.levels]) / self.scaling.unit[data.levels]
         self.model = SingleTaskGP(
-            self._inputs(positions),
-            torch.from_numpy((losses - self.scaling.offset) / self.scaling.unit)[:, None],
-            train_Yvar=self._noise_variances(standard_errors),
-            covar_module=_kernel(embedding.num_group_columns, embedding.num_coverage_columns),
-            mean_module=ProxyMean(),
+            self._inputs(data.positions, data.levels),
+            torch.from_numpy(losses)[:, None],
+            train_Yvar=self._noise_variances(data.standard_errors / self.scaling.unit[data.levels]),
+            covar_module=loss_kernel(
+                range(embedding.num_group_columns),
+                range(embedding.num_group_columns, num_embedded),
+                features.block_of_column,
+                self._linear,
+                levels,
+            ),
+            mean_module=ProxyMean(levels),
             outcome_transform=None,
         )
-        fit_hyperparameters(self.model, seed=0)
+        if hyperparameters is None:
+            fit_hyperparameters(self.model, seed=0)
+        else:
+            self._take_over(hyperparameters)
         inputs, targets = self.model.train_inputs[0], self.model.train_targets
         self._condition(inputs, targets, self.model.likelihood.noise.detach().expand_as(targets))
 
-    def _inputs(self, positions: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Embedding and standardized prediction, ``[num_candidates, d + 1]``."""
-        predicted = self.embedding.predicted_losses(positions) - self.scaling.predicted_offset
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """What was fitted."""
+        return {name: value.detach().clone() for name, value in self.model.named_parameters()}
+
+    def _take_over(self, hyperparameters: Hyperparameters) -> None:
+        with torch.no_grad():
+            for name, value in self.model.named_parameters():
+                if name in hyperparameters:
+                    value.copy_(hyperparameters[name])
+        self.model.eval()
+
+    def _inputs(
+        self, positions: npt.NDArray[np.int64], levels: npt.NDArray[np.int64] | None = None
+    ) -> torch.Tensor:
+        """Embedding, features, level indicators and prediction, standardized, ``[num_candidates, d]``."""
+        if levels is None:
+            levels = np.full(len(positions), self.top)
+        unit = self.scaling.unit[levels]
+        predicted = self.embedding.predicted_losses(positions) - self.scaling.predicted_offset[levels]
+        columns = self.features.transform_positions(positions) - self.scaling.column_offset[levels]
+        demand = self.features.columns("demand")
+        columns[:, : demand.start] /= unit[:, None]
+        indicators = (levels[:, None] == np.arange(self.top)).astype(np.float64)
         embedded = self.embedding.transform_positions(positions)
-        return torch.from_numpy(np.column_stack([embedded, predicted / self.scaling.unit]))
+        return torch.from_numpy(np.column_stack([embedded, columns, indicators, predicted / unit]))
 
     def _noise_variances(self, standard_errors: npt.NDArray[np.float64]) -> torch.Tensor | None:
         """Standardized, ``[num_observations, 1]``; None to have the noise learned."""
-        variances = np.square(standard_errors / self.scaling.unit)
+        variances = np.square(standard_errors)
         known = np.isfinite(variances)
         if not known.any():
             return None
@@ -134,7 +167,7 @@ class ProxyGP:
         return torch.from_numpy(np.maximum(variances, MIN_NOISE_VARIANCE))[:, None]
 
     def _condition(self, inputs: torch.Tensor, targets: torch.Tensor, noise: torch.Tensor) -> None:
-        """Factorize the covariance of ``[n, d + 1]`` inputs, so that posteriors are two products.
+        """Factorize the covariance of ``[n, d]`` inputs, so that posteriors are two products.
 
         GPyTorch's own posterior of thousands of single candidates copies the training data for each of them.
         """
@@ -146,15 +179,22 @@ class ProxyGP:
             self._residual_weights = torch.cholesky_solve(residuals, self._cholesky)
 
     def posterior(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Expected loss and its standard deviation without observation noise, nats, each ``[num_candidates]``."""
+        """Expected loss at the last fidelity and its standard deviation without observation noise.
+
+        Args:
+            positions: ``[num_candidates, num_groups, 2]``.
+
+        Returns:
+            Nats, each ``[num_candidates]``.
+        """
         inputs = self._inputs(positions)
         with torch.no_grad():
             cross = self.model.covar_module(inputs, self._conditioned[0]).to_dense()
             mean = self.model.mean_module(inputs) + (cross @ self._residual_weights)[:, 0]
             explained = torch.linalg.solve_triangular(self._cholesky, cross.T, upper=False).square().sum(dim=0)
-            prior = sum(part.outputscale for part in self.model.covar_module.kernels)
+            prior = self.model.covar_module(inputs, diag=True)
             deviation = (prior - explained).clamp_min(MIN_VARIANCE).sqrt()
-        unit, offset = self.scaling.unit, self.scaling.offset
+        unit, offset = self.scaling.unit[self.top], self.scaling.offset[self.top]
         return np.asarray(mean.numpy() * unit + offset), np.asarray(deviation.numpy() * unit)
 
     def log_expected_improvement(self, positions: npt.NDArray[np.int64], best_loss: float) -> npt.NDArray[np.float64]:
@@ -165,12 +205,37 @@ class ProxyGP:
     def believe(self, positions: npt.NDArray[np.int64]) -> None:
         """Condition on candidates under evaluation as if they gave their expected loss (kriging believer)."""
         inputs, targets, noise = self._conditioned
-        expected = torch.from_numpy((self.posterior(positions)[0] - self.scaling.offset) / self.scaling.unit)
+        unit, offset = self.scaling.unit[self.top], self.scaling.offset[self.top]
+        expected = torch.from_numpy((self.posterior(positions)[0] - offset) / unit)
         self._condition(
             torch.cat([inputs, self._inputs(positions)]),
             torch.cat([targets, expected]),
             torch.cat([noise, noise.mean().expand_as(expected)]),
         )
+
+    def corrected_table(self, rng: np.random.Generator | None = None) -> npt.NDArray[np.float64]:
+        """The additive loss table as the linear part corrects it, ``[num_groups, num_bits, num_ranks]``, nats.
+
+        Args:
+            rng: draws the correction from its posterior (Thompson 1933; by Matheron's rule); None takes its mean.
+        """
+        linear: BlockLinearKernel = self.model.covar_module.kernels[0]
+        mean: ProxyMean = self.model.mean_module
+        inputs, targets, noise = self._conditioned
+        with torch.no_grad():
+            columns = inputs[:, self._linear.start : self._linear.stop]  # [n, num_columns]
+            variances = linear.deviations.square()
+            prior = torch.zeros_like(variances)
+            residuals = targets - mean(inputs)
+            if rng is not None:
+                prior = torch.from_numpy(rng.normal(size=len(variances))) * linear.deviations
+                covariance = self._cholesky @ self._cholesky.T - (columns * variances) @ columns.T
+                values, vectors = torch.linalg.eigh(covariance)
+                rest = vectors @ (values.clamp_min(0).sqrt() * torch.from_numpy(rng.normal(size=len(values))))
+                residuals = residuals - columns @ prior - rest
+            weights = prior + variances * (columns.T @ torch.cholesky_solve(residuals[:, None], self._cholesky))[:, 0]
+            scale = float(mean.log_scales[0].exp())
+        return self.features.corrected_table(weights.numpy(), scale, float(self.scaling.unit[self.top]))
 
 
 def log_improvement(u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,29 @@ logger = logging.getLogger(__name__)
 MIN_EXPENSIVE_RESULTS = 4
 
 
+@dataclass(frozen=True)
+class SurrogateCheck:
+    """How well candidates would have been promoted, each judged from all others.
+
+    Attributes:
+        num_results: candidates with a cheap and an expensive loss.
+        rank_correlation: Spearman's, of the surrogate's and the true expensive loss.
+        cheap_rank_correlation: of the cheap loss alone.
+        hit_rate: share of the truly best ``top_k`` among the surrogate's ``top_k``.
+        cheap_hit_rate: of the cheap loss alone.
+        top_k: a third of the results.
+        is_used: the surrogate ranks better, and decides.
+    """
+
+    num_results: int
+    rank_correlation: float
+    cheap_rank_correlation: float
+    hit_rate: float
+    cheap_hit_rate: float
+    top_k: int
+    is_used: bool
+
+
 class PromotionSurrogate:
     """Predicts expensive losses as cheap loss plus a Gaussian process over features of the candidate.
 
@@ -41,22 +65,26 @@ class PromotionSurrogate:
         """Nothing is known yet."""
         self.problem, self.seed = problem, seed
         self._importance = ImportancePriors.from_problem(problem)
+        self.check: SurrogateCheck | None = None
         self._known: set[Candidate] = set()
         self._correction: _Correction | None = None
 
-    def fit(self, results: Sequence[tuple[Candidate, float | None, float | None]]) -> None:
+    def fit(
+        self, results: Sequence[tuple[Candidate, float | None, float | None]], *, may_correct: bool = True
+    ) -> None:
         """Learn from candidates with a cheap and an expensive loss, replacing what was learned before.
 
         Args:
             results: candidate, cheap loss, expensive loss, nats per token. Failed trials (a loss that is None or not
                 finite) teach nothing, and are not promoted again.
+            may_correct: False leaves the decision to the cheap loss.
         """
         self._known = {candidate for candidate, _, _ in results}
         usable = {
             c: (cheap, expensive) for c, cheap, expensive in results if _is_finite(cheap) and _is_finite(expensive)
         }
         self._correction = None
-        if len(usable) >= MIN_EXPENSIVE_RESULTS:
+        if may_correct and len(usable) >= MIN_EXPENSIVE_RESULTS:
             cheap, expensive = np.array(list(usable.values()), dtype=np.float64).T
             self._correction = self._fit_correction(self._features(list(usable), cheap), cheap, expensive)
 
@@ -95,17 +123,20 @@ class PromotionSurrogate:
         if residuals.std() <= 1e-9 * max(1.0, np.abs(residuals).max()):
             return None
         correction = _Correction(features, residuals, self.seed)
-        surrogate = rank_correlation(cheap + correction.left_out_residuals(), expensive)
-        alone = rank_correlation(cheap, expensive)
-        logger.info(
-            "Promotion: leave-one-out rank correlation %.2f with the surrogate, %.2f with the cheap loss alone "
-            "(%d expensive results); the %s decides.",
-            surrogate,
-            alone,
-            len(expensive),
-            "surrogate" if surrogate > alone else "cheap loss",
+        left_out = cheap + correction.left_out_residuals()
+        top_k = max(1, len(expensive) // 3)
+        ours, alone = rank_correlation(left_out, expensive), rank_correlation(cheap, expensive)
+        self.check = SurrogateCheck(
+            num_results=len(expensive),
+            rank_correlation=ours,
+            cheap_rank_correlation=alone,
+            hit_rate=hit_rate(left_out, expensive, top_k),
+            cheap_hit_rate=hit_rate(cheap, expensive, top_k),
+            top_k=top_k,
+            is_used=ours > alone,
         )
-        return correction if surrogate > alone else None
+        logger.info("Promotion: %s", self.check)
+        return correction if self.check.is_used else None
 
     def _features(self, candidates: Sequence[Candidate], cheap: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """``[num_candidates, 5 + num_bits + num_ranks]``."""
@@ -118,6 +149,12 @@ class PromotionSurrogate:
         sizes = [math.log(max(1, self.problem.total_bytes(candidate))) for candidate in candidates]
         predicted = [self.problem.predicted_loss(candidate) for candidate in candidates]
         return np.column_stack([cheap, sizes, predicted, coverages, *bits, *ranks])
+
+
+def hit_rate(predicted: npt.NDArray[np.float64], true: npt.NDArray[np.float64], top_k: int) -> float:
+    """Share of the ``top_k`` least true losses among the ``top_k`` least predicted ones."""
+    best, chosen = (set(np.argsort(losses, kind="stable")[:top_k].tolist()) for losses in (true, predicted))
+    return len(best & chosen) / top_k
 
 
 def rank_correlation(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:

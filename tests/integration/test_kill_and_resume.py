@@ -29,9 +29,8 @@ AutoQRASearcher(
     eval_dataset=load_from_disk(folder + "/dev"),
     processing_class=AutoTokenizer.from_pretrained(folder + "/model"),
     args=SFTConfig(output_dir=out, max_length=16, bf16=False, gradient_checkpointing=False, report_to="none",
-                   use_cpu=True, per_device_train_batch_size=2),
-    search_config=AutoQRASearchConfig(rank_choices=[0, 2, 4], population_size=4, num_generations=2, num_promoted=1,
-                                      num_trust_region_trials=2, short_steps=2, final_steps=3,
+                   use_cpu=True, per_device_train_batch_size=2, max_steps=4),
+    search_config=AutoQRASearchConfig(rank_choices=[0, 2, 4], max_cost=1000.0, max_trials=14, num_seeds=2,
                                       num_eval_sequences=8, num_calibration_sequences=8, output_dir=out),
     show_progress=False,
 ).run()
