@@ -207,9 +207,7 @@ class SFTEvaluator:
             self._train(peft_model, fidelity, directory, [] if on_step is None else [_StepCallback(on_step)])
             return self._held_out_loss(peft_model, fidelity)
 
-    def _train(
-        self, model: nn.Module, fidelity: Fidelity, directory: str, callbacks: list[TrainerCallback]
-    ) -> None:
+    def _train(self, model: nn.Module, fidelity: Fidelity, directory: str, callbacks: list[TrainerCallback]) -> None:
         args = quiet_arguments(self._args, directory)
         args.max_steps = fidelity.num_steps
         args.seed = args.data_seed = fidelity.seed

@@ -35,7 +35,7 @@ def call_within(seconds: float | None, function: Callable[[], T]) -> T:
 
     Raises:
         TimeLimitExceeded: the function took longer.
-    """
+    """  # noqa: DOC501 - what is raised again is that of another limit
     if seconds is None:
         return function()
     alarm = _Alarm(seconds)

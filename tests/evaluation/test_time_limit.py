@@ -84,11 +84,15 @@ def test_one_swallowed_interruption_is_repeated():
 
 def test_clean_up_outside_runs_to_its_end():
     cleaned = []
-    with pytest.raises(TimeLimitExceeded):
+
+    def clean_up_afterwards():
         try:
             call_within(SHORT, hang_in_python)
         finally:
             cleaned.extend(range(100_000))
+
+    with pytest.raises(TimeLimitExceeded):
+        clean_up_afterwards()
     assert len(cleaned) == 100_000
 
 
