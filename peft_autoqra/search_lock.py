@@ -32,7 +32,7 @@ def search_lock(directory: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise SearchStateError(
-            f"Another search is running in {directory}; wait for its end, stop it, or use another output_dir. The lock "
+            f"Another search is running in {directory}; wait for it, stop it, or use another output_dir. Its lock "
             "vanishes with that search's process, also when it is killed."
         ) from error
     except OSError as error:

@@ -184,7 +184,14 @@ class SearchSetup:
     def evaluator(self, bank: CalibrationBank) -> SFTEvaluator:
         """Evaluates plans on the model, whose weights it overwrites."""
         self.resident = ResidentModel(self.model, self.linears, bank, materialize=self.config.materialize)
-        return SFTEvaluator(self.resident, self.data, bank, self.args, self.config.lora_alpha)
+        return SFTEvaluator(
+            self.resident,
+            self.data,
+            bank,
+            self.args,
+            self.config.lora_alpha,
+            max_trial_seconds=self.config.max_trial_seconds,
+        )
 
     def searched_plan(self, candidate: Candidate) -> BitRankPlan:
         """The calibrated native plan of a candidate."""

@@ -65,6 +65,7 @@ class ResidentModel:
                 rank = layer.rank if add and layer.bits != DENSE_BITS else 0
                 key = (layer.bits, rank, plan.quantizer)
                 if self._loaded.get(name) != key:
+                    self._loaded.pop(name, None)  # its buffer is neither plan's if this is interrupted
                     weight = self._weight(name, LayerPlan(layer.bits, rank), plan.quantizer)
                     set_dense_weight(self._linears[name], weight)
                     self._loaded[name] = key

@@ -28,6 +28,9 @@ from trl import SFTConfig, SFTTrainer
 from peft_autoqra.errors import CalibrationError, InvalidPlanError
 from peft_autoqra.evaluation.held_out import HeldOutLoss, held_out_loss, predicts_something
 from peft_autoqra.evaluation.resident_model import ResidentModel
+from peft_autoqra.evaluation.time_limit import TimeLimitExceeded, call_within
+from peft_autoqra.evaluation.trial_memory import is_out_of_memory, memory_freed
+from peft_autoqra.evaluation.trial_trainer import TrialTrainer
 from peft_autoqra.importance.calibration import flags_kept
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.plan import BitRankPlan
@@ -121,25 +124,40 @@ class SFTEvaluator:
         bank: calibration for the initial adapters.
         args: the recipe of the fine-tune.
         lora_alpha: scaling of the adapters is ``lora_alpha / sqrt(rank)``.
+        max_trial_seconds: a trial that takes longer is stopped and has failed; None is no limit.
+
+    Raises:
+        InvalidPlanError: ``max_trial_seconds`` is not above 0.
     """
 
     def __init__(
-        self, resident: ResidentModel, data: SFTData, bank: CalibrationBank, args: SFTConfig, lora_alpha: int
+        self,
+        resident: ResidentModel,
+        data: SFTData,
+        bank: CalibrationBank,
+        args: SFTConfig,
+        lora_alpha: int,
+        *,
+        max_trial_seconds: float | None = None,
     ) -> None:
         """Nothing is evaluated yet."""
+        if max_trial_seconds is not None and not max_trial_seconds > 0:
+            raise InvalidPlanError(f"max_trial_seconds={max_trial_seconds} must be above 0, or None for no limit.")
         self._resident, self._data, self._bank, self._args = resident, data, bank, args
-        self._lora_alpha = lora_alpha
+        self._lora_alpha, self._max_trial_seconds = lora_alpha, max_trial_seconds
         self._held_out_batches: dict[int, list[Mapping[str, Any]]] = {}
 
+    @memory_freed()
     def evaluate(self, plan: BitRankPlan, fidelity: Fidelity) -> TrialResult:
-        """Evaluate one plan; whatever goes wrong becomes a failed result."""
+        """Evaluate one plan; whatever goes wrong becomes a failed result, and the model is left as it was."""
         start = time.perf_counter()
         try:
-            loss = self._untrained(plan, fidelity) if fidelity.num_steps == 0 else self._trained(plan, fidelity)
+            with left_as_it_was(self._resident.model):  # outside of the limit, which could cut its clean-up short
+                loss = call_within(self._max_trial_seconds, lambda: self._loss(plan, fidelity))
             if not math.isfinite(loss.mean):
                 raise ArithmeticError(f"the held-out loss is {loss.mean}")
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"
+            message = self._description(error)
             return TrialResult(status=TrialStatus.FAILED, seconds=time.perf_counter() - start, error=message)
         return TrialResult(
             status=TrialStatus.COMPLETED,
@@ -166,8 +184,12 @@ class SFTEvaluator:
             if step in checkpoints:
                 curve[step] = self._held_out_loss(model, fidelity)
 
-        self._trained(plan, fidelity, record)
+        with left_as_it_was(self._resident.model):
+            self._trained(plan, fidelity, record)
         return curve
+
+    def _loss(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
+        return self._untrained(plan, fidelity) if fidelity.num_steps == 0 else self._trained(plan, fidelity)
 
     def _untrained(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
         self._resident.load(plan, with_corrections=True)
@@ -180,18 +202,17 @@ class SFTEvaluator:
             calibrated = plan.replace(calibration=self._bank.for_layers(plan))
         config = AutoQRAConfig(plan=calibrated, lora_alpha=self._lora_alpha, task_type="CAUSAL_LM")
         torch.manual_seed(fidelity.seed)
-        with left_as_it_was(self._resident.model), tempfile.TemporaryDirectory() as directory:
+        with tempfile.TemporaryDirectory() as directory:
             peft_model = add_dense_adapter(self._resident.model, config)
             self._train(peft_model, fidelity, directory, [] if on_step is None else [_StepCallback(on_step)])
             return self._held_out_loss(peft_model, fidelity)
 
-    def _train(
-        self, model: nn.Module, fidelity: Fidelity, directory: str, callbacks: list[TrainerCallback]
-    ) -> None:
+    def _train(self, model: nn.Module, fidelity: Fidelity, directory: str, callbacks: list[TrainerCallback]) -> None:
         args = quiet_arguments(self._args, directory)
         args.max_steps = fidelity.num_steps
         args.seed = args.data_seed = fidelity.seed
-        trainer = SFTTrainer(
+        args.learning_rate *= fidelity.learning_rate_factor
+        trainer = TrialTrainer(
             model=model,
             args=args,
             train_dataset=self._data.train,
@@ -207,6 +228,15 @@ class SFTEvaluator:
         if num not in self._held_out_batches:
             self._held_out_batches[num] = self._data.batches(self._data.held_out, num)
         return held_out_loss(model, self._held_out_batches[num])
+
+    def _description(self, error: Exception) -> str:
+        """What went wrong in a trial, and what helps where that is known."""
+        description = f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            return f"Out of memory ({description}); lower per_device_train_batch_size or max_length."
+        if isinstance(error, TimeLimitExceeded):
+            return f"{description} (max_trial_seconds); raise that, or lower the number of steps."
+        return description
 
 
 class _StepCallback(TrainerCallback):  # type: ignore[misc]

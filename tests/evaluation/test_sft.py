@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from datasets import Dataset, DatasetDict
-from trl import SFTConfig
 
-from peft_autoqra import BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.errors import CalibrationError
-from peft_autoqra.evaluation.resident_model import ResidentModel
-from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
-from peft_autoqra.importance.calibration_bank import BankSettings, build_calibration_bank
-from peft_autoqra.importance.module_fit import FitSettings
-from peft_autoqra.target_modules import linear_targets
+from peft_autoqra.evaluation.sft import SFTData
 from peft_autoqra.trial import Fidelity, TrialStatus
 from tests.tiny_data import token_dataset, word_tokenizer
-
-QUANTIZER = QuantizerSettings(group_size=32)
+from tests.tiny_evaluator import model_state, tiny_args, tiny_trials
 
 
 @pytest.fixture
 def make_args(tmp_path):
-    def make(**changes) -> SFTConfig:
-        settings = {
-            "output_dir": str(tmp_path),
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 4,
-            "max_length": 16,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": [],
-            "use_cpu": True,
-        }
-        return SFTConfig(**settings | changes)
-
-    return make
+    return partial(tiny_args, tmp_path)
 
 
 @pytest.fixture
@@ -84,17 +66,6 @@ class TestData:
         assert len(prepare(held_out=late).held_out) == 6
 
 
-def state(model):
-    return (
-        [(name, type(module), module.training) for name, module in model.named_modules()],
-        [(name, p.requires_grad, p.detach().sum().item()) for name, p in model.named_parameters()],
-        [list(module._forward_hooks) for module in model.modules()],
-        model.is_activation_checkpointing,
-        model.config.use_cache,
-        hasattr(model, "peft_config"),
-    )
-
-
 class TestModelIsLeftAsItWas:
     @pytest.fixture
     def evaluate(self, tiny_llama, make_args):
@@ -102,24 +73,12 @@ class TestModelIsLeftAsItWas:
             model, args = tiny_llama(), make_args(gradient_checkpointing=checkpointing)
             model.model.norm.weight.requires_grad_(False)
             model.get_input_embeddings().register_forward_hook(lambda *_: None)
-            data = SFTData(model, args, token_dataset(seed=0), token_dataset(seed=1), word_tokenizer())
-            linears = linear_targets(model)
-            batches = data.batches(data.train, 4)
-            settings = BankSettings(
-                module_names=tuple(linears), bit_choices=(2, 4), quantizer=QUANTIZER, fit=FitSettings(max_rank=4)
-            )
-            bank = build_calibration_bank(model, batches, settings)
-            resident = ResidentModel(model, linears, bank)
-            plan = BitRankPlan(
-                {name: LayerPlan(2 + 2 * (i % 2), 4) for i, name in enumerate(linears)},
-                quantizer=QUANTIZER,
-                initialization="compensate",
-            )
-            before = state(model)
-            evaluator = SFTEvaluator(resident, data, bank, args, lora_alpha=8)
-            results = [evaluator.evaluate(plan, Fidelity(num_steps=1, num_eval_sequences=4)) for _ in range(2)]
-            resident.restore()
-            return results, before, state(model)
+            trials = tiny_trials(model, args)
+            before = model_state(model)
+            evaluator = trials.evaluator()
+            results = [evaluator.evaluate(trials.plan, Fidelity(num_steps=1, num_eval_sequences=4)) for _ in range(2)]
+            trials.resident.restore()
+            return results, before, model_state(model)
 
         return evaluate
 
