@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peft_autoqra.dense_layers import dense_shape, is_dense_layer
 
 _HIDDEN = "hidden_states"
 
@@ -92,7 +95,8 @@ class BlockChain:
 
         Args:
             inputs: of the model.
-            last: hidden states that the last block shall seem to return.
+            last: hidden states that the last block shall seem to return; None where the output does not matter.
+              Then a linear head does not run either: at a large vocabulary it costs as much as many blocks.
 
         Returns:
             The hidden states that the first block reads, what else each block is called with, the model's output.
@@ -108,8 +112,19 @@ class BlockChain:
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(forward_replaced(block, stand_in))
+            if last is None:
+                _leave_out_head(self.model, stack)
             output = self.model(**inputs, use_cache=False)
         return seen[0][0].detach(), [call for _, call in seen], output
+
+
+def _leave_out_head(model: nn.Module, stack: ExitStack) -> None:
+    """Let a linear head give zeros until the stack is left."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is not None and is_dense_layer(head):
+        num_tokens, _ = dense_shape(head)
+        zeros = lambda hidden: hidden.new_zeros(*hidden.shape[:-1], num_tokens)  # noqa: E731
+        stack.enter_context(forward_replaced(head, zeros))
 
 
 def _block_names(model: nn.Module, module_names: list[str]) -> tuple[str, ...] | None:

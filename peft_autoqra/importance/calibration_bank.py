@@ -32,7 +32,7 @@ from peft_autoqra.plan import DENSE_BITS, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.quant.backends import calibrated_backend
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when the same data would give other corrections or codes, so that old caches are not used."""
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from peft_autoqra.errors import CalibrationError
 
@@ -69,9 +68,25 @@ class CalibrationBatch:
                 "The model's predictions hold NaN or infinity during calibration, and no targeted module does; check "
                 "its last norm and its head, or load the model in bfloat16 or float32."
             )
-        probabilities = predictions.detach().softmax(-1).to(generator.device)
-        sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-        functional.cross_entropy(predictions, sampled.to(predictions.device), reduction="sum").backward()
+        probabilities = predictions.detach().softmax(-1)
+        sampled = sample_tokens(probabilities, generator)
+        # The gradient of the cross entropy, whose own passes over all logits would give the same.
+        predictions.backward(probabilities.scatter_add_(-1, sampled, -torch.ones_like(sampled, dtype=torch.float32)))
+
+
+def sample_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row, by the inverse of its cumulative distribution; ``[rows, 1]``, int64.
+
+    One random number a row: ``torch.multinomial`` draws one for every token of the vocabulary, on one CPU core.
+
+    Args:
+        probabilities: ``[rows, vocab]``, float32.
+        generator: on any device.
+    """
+    cumulative = probabilities.cumsum(-1)
+    # in (0, 1], so that a token without probability is never the first to reach it
+    level = 1 - torch.rand(len(probabilities), 1, generator=generator, device=generator.device)
+    return torch.searchsorted(cumulative, level.to(cumulative.device) * cumulative[:, -1:])
 
 
 def _check(batch: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from peft_autoqra.errors import CalibrationError
 RIGHT_ROW_NORM = math.sqrt(1 / 3)
 """Expected row norm of PEFT's ``lora_A`` after ``kaiming_uniform_(a=sqrt(5))``, whatever ``in_features`` is."""
 
-EXACT_SIDE = 1536
+EXACT_SIDE = 256
 """Weights whose smaller side is longer are decomposed by a randomized method, if few components are wanted."""
 
 DAMPING = 1e-3
@@ -23,8 +23,8 @@ DAMPING = 1e-3
 GRADIENT_FLOOR = 1e-2
 """Smallest mean squared gradient of an output that is believed, as a fraction of their mean."""
 
-_OVERSAMPLING = 16
-_POWER_ITERATIONS = 4
+_OVERSAMPLING = 32
+_POWER_ITERATIONS = 5
 _NEGLIGIBLE = 1e-7  # share of the largest squared singular value below which float32 holds only noise
 
 
@@ -167,7 +167,7 @@ def whiten_error(error: Tensor, metric: InputMetric, scale: Tensor, max_rank: in
         metric: H, of the module's inputs.
         scale: D, ``[out_features]``, from :func:`output_scale`.
         max_rank: components that will be asked for; None keeps all. Where that is few of many, they are found by
-            subspace iteration from a random start (Halko, Martinsson & Tropp 2011, algorithm 5.1; a fixed seed),
+            subspace iteration from a random start (Halko, Martinsson & Tropp 2011, algorithm 4.4; a fixed seed),
             which leaves slightly more error than the best ones do and says so in its residuals.
     """
     scaled = error.float() * scale[:, None]
@@ -186,12 +186,12 @@ def whiten_error(error: Tensor, metric: InputMetric, scale: Tensor, max_rank: in
 
 def _largest(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Approximately the largest eigenvalues, ``[count]``, float64, and their eigenvectors, ``[m, count]``."""
-    devices = [gram.device] if gram.is_cuda else []
     if count == 0:
         return gram.new_zeros(0, dtype=torch.float64), gram[:, :0]
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        vectors, _, _ = torch.svd_lowrank(gram, q=count + _OVERSAMPLING, niter=_POWER_ITERATIONS)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(len(gram), count + _OVERSAMPLING, generator=generator).to(gram.device)
+    for _ in range(_POWER_ITERATIONS):
+        vectors, _ = torch.linalg.qr(gram @ vectors)
     # Rayleigh-Ritz: what the subspace holds of the true Gram, never more than the best one does
     values, rotation = torch.linalg.eigh(vectors.T @ gram @ vectors)
     return values.flip(0)[:count].double().clamp_min(0), (vectors @ rotation).flip(1)[:, :count]

@@ -14,7 +14,8 @@ from torch import Tensor
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.importance.whole_file import write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Raised when the same data would give other statistics, so that old caches are not used."""
 
 _GRAM = "input_gram"
 _GRADIENT = "output_gradient_second_moment"

@@ -17,7 +17,9 @@ from peft_autoqra.quant.quantized_weight import (
 
 _RANGE_FRACTIONS = {2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.9, 0.8, 0.7), 4: (1.0, 0.93, 0.86)}
 _REFITS = 2
-_ROWS_OF_WEIGHTS_AT_ONCE = 2**22
+_WEIGHTS_AT_ONCE_ON_A_DEVICE = 2**22
+_WEIGHTS_PER_THREAD_AT_ONCE = 2**16
+"""On the CPU a chunk of the fit and its buffers stay in a core's cache."""
 
 
 def quantize_affine(
@@ -54,7 +56,7 @@ def _checked_format(weight: Tensor, bits: int, group_size: int) -> WeightFormat:
         raise InvalidPlanError(f"bits={bits} has no native format; choose one of {NATIVE_BITS}.")
     if weight.dim() != 2 or weight.shape[1] % group_size:
         raise InvalidPlanError(f"A weight of shape {tuple(weight.shape)} has no groups of {group_size} per row.")
-    if not torch.isfinite(weight).all():
+    if weight.numel() and not all(torch.isfinite(end) for end in torch.aminmax(weight)):  # both NaN where there is one
         raise CalibrationError("The weight holds values that are not finite; it cannot be quantized.")
     return WeightFormat(bits, group_size, weight.shape[0], weight.shape[1])
 
@@ -78,8 +80,9 @@ def _in_row_chunks(groups: Tensor, moment: Tensor | None, bits: int) -> tuple[Te
     if moment is None:
         return _fit_signed_absmax(groups, bits)
     group_moment = moment.view(1, *groups.shape[1:])
-    rows = max(1, _ROWS_OF_WEIGHTS_AT_ONCE // groups[0].numel())
-    fits = [_fit_weighted(chunk, group_moment, bits) for chunk in groups.split(rows)]
+    on_cpu = groups.device.type == "cpu"
+    size = _WEIGHTS_PER_THREAD_AT_ONCE * torch.get_num_threads() if on_cpu else _WEIGHTS_AT_ONCE_ON_A_DEVICE
+    fits = [_fit_weighted(chunk, group_moment, bits) for chunk in groups.split(max(1, size // groups[0].numel()))]
     return torch.cat([scale for scale, _ in fits]), torch.cat([offset for _, offset in fits])
 
 
@@ -93,14 +96,14 @@ def _fit_signed_absmax(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _fit_weighted(groups: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Best weighted fit from several starting ranges; scale and offset, each ``[rows, K/g]``."""
     low, high = groups.amin(-1), groups.amax(-1)
-    moment_sum = moment.double().sum(-1)
+    regression = _Regression(groups, moment)
     best_gain = torch.full_like(low, -torch.inf, dtype=torch.float64)
     best_scale, best_offset = torch.zeros_like(low), torch.zeros_like(low)
+    codes = torch.empty_like(groups)
     for fraction in _RANGE_FRACTIONS[bits]:
         scale, offset = (high - low) * (fraction / (2**bits - 1)), low * fraction
         for _ in range(_REFITS):
-            codes = _round_codes(groups, scale, offset, bits)
-            scale, offset, gain = _least_squares(groups, codes, moment, moment_sum)
+            scale, offset, gain = regression.fit(_round_codes(groups, scale, offset, bits, out=codes))
             better = gain > best_gain
             best_gain = torch.where(better, gain, best_gain)
             best_scale = torch.where(better, scale, best_scale)
@@ -108,27 +111,47 @@ def _fit_weighted(groups: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, Te
     return best_scale, best_offset
 
 
-def _least_squares(groups: Tensor, codes: Tensor, moment: Tensor, moment_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted regression of the weights on their codes, per group: slope, intercept, explained error (float64).
+class _Regression:
+    """Weighted regression of weights on their codes, per group.
 
-    The error left is the weighted variance of the group, the same for all codes, minus what the codes explain.
+    Its buffers are made once for all codes: fresh memory for every step would cost several times what the step does.
+
+    Args:
+        groups: weights, ``[rows, K/g, g]``.
+        moment: weights of the squares, ``[1, K/g, g]``.
     """
-    weighted_codes, weighted_groups = codes * moment, groups * moment
-    mean_code = weighted_codes.sum(-1, dtype=torch.float64) / moment_sum
-    mean_value = weighted_groups.sum(-1, dtype=torch.float64) / moment_sum
-    centred_code = codes - mean_code.float()[..., None]
-    centred_value = groups - mean_value.float()[..., None]
-    weighted_code = centred_code * moment
-    variance = (weighted_code * centred_code).sum(-1, dtype=torch.float64)
-    covariance = (weighted_code * centred_value).sum(-1, dtype=torch.float64)
-    slope = torch.where(variance > 0, covariance / variance.clamp_min(1e-300), 0.0)
-    return slope.float(), (mean_value - slope * mean_code).float(), slope * covariance
+
+    def __init__(self, groups: Tensor, moment: Tensor) -> None:
+        """Centre the weights."""
+        self._moment = moment
+        self._moment_sum = moment.double().sum(-1)
+        self._products = groups * moment
+        self._mean_value = self._products.sum(-1, dtype=torch.float64) / self._moment_sum
+        self._centred_value = groups - self._mean_value.float()[..., None]
+        self._weighted_code = torch.empty_like(groups)
+
+    def fit(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slope, intercept and explained error (float64), each ``[rows, K/g]``; ``codes`` are overwritten.
+
+        The error left is the weighted variance of the group, the same for all codes, minus what the codes explain.
+        """
+        mean_code = self._weighted_sum(codes, self._moment) / self._moment_sum
+        centred_code = codes.sub_(mean_code.float()[..., None])
+        weighted_code = torch.mul(centred_code, self._moment, out=self._weighted_code)
+        variance = self._weighted_sum(weighted_code, centred_code)
+        covariance = self._weighted_sum(weighted_code, self._centred_value)
+        slope = torch.where(variance > 0, covariance / variance.clamp_min(1e-300), 0.0)
+        return slope.float(), (self._mean_value - slope * mean_code).float(), slope * covariance
+
+    def _weighted_sum(self, values: Tensor, weights: Tensor) -> Tensor:
+        return torch.mul(values, weights, out=self._products).sum(-1, dtype=torch.float64)
 
 
-def _round_codes(groups: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def _round_codes(groups: Tensor, scale: Tensor, offset: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """Nearest codes, float32 in [0, 2^bits - 1]; 0 where the scale is 0."""
     safe_scale = torch.where(scale == 0, torch.inf, scale)
-    return ((groups - offset[..., None]) / safe_scale[..., None]).round_().clamp_(0, 2**bits - 1)
+    centred = torch.sub(groups, offset[..., None], out=out)
+    return centred.div_(safe_scale[..., None]).round_().clamp_(0, 2**bits - 1)
 
 
 def _double_quantize(groups: Tensor, scale: Tensor, offset: Tensor, weight_format: WeightFormat) -> QuantizedWeight:

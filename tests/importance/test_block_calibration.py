@@ -89,6 +89,13 @@ def test_equals_whole_passes_on_other_architectures(make):
     assert_same(calibrate(model, batches(), names), batch_by_batch(model, batches(), names))
 
 
+def test_the_head_runs_where_its_logits_are_wanted(model, names):
+    calls, original = [], model.lm_head.forward
+    model.lm_head.forward = lambda hidden: calls.append(hidden) or original(hidden)
+    calibrate(model, batches(3), names)
+    assert len(calls) == 2 + 3  # two for the check that the model is a chain
+
+
 def test_modules_of_some_blocks_only(model, names):
     chosen = [name for name in names if ".layers.1." in name]
     assert_same(calibrate(model, batches(), chosen), batch_by_batch(model, batches(), chosen))

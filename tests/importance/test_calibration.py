@@ -1,3 +1,5 @@
+from itertools import accumulate
+
 import pytest
 import torch
 from torch.nn import functional
@@ -5,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.importance.calibration import CalibrationOptions, calibrate, linear_weights
+from peft_autoqra.importance.calibration_batch import sample_tokens
 
 LAYER = "model.layers.1"
 ATTENTION = [f"{LAYER}.self_attn.{name}_proj" for name in "qkvo"]
@@ -23,6 +26,14 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def drawn(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """The first token of each row at which the summed probabilities reach a random number, ``[rows]``."""
+    levels = 1 - torch.rand(len(logits), generator=torch.Generator().manual_seed(seed))
+    rows = logits.detach().double().softmax(-1).tolist()
+    pairs = zip(rows, levels.tolist(), strict=True)
+    return torch.tensor([next(i for i, p in enumerate(accumulate(row)) if p >= level) for row, level in pairs])
 
 
 def test_grams_are_mean_outer_products_of_the_inputs(model):
@@ -58,10 +69,18 @@ def test_gradients_are_those_of_sampled_tokens_per_prediction(model):
     name, kept = MLP[2], []
     model.get_submodule(name).register_forward_hook(lambda _module, _args, output: kept.append(output))
     logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-    sampled = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(3)).squeeze(-1)
+    sampled = drawn(logits, seed=3)
     (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, sampled, reduction="sum"), kept[0])
     expected = gradient.flatten(0, 1).double().square().sum(0) / len(sampled)
     assert close(statistics[name].output_gradient_second_moment, expected)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    probabilities = torch.tensor([0.0, 0.1, 0.6, 0.0, 0.3, 0.0])
+    tokens = sample_tokens(probabilities.repeat(20_000, 1), torch.Generator().manual_seed(0))
+    frequencies = torch.bincount(tokens.flatten(), minlength=6) / 20_000
+    assert frequencies[probabilities == 0].tolist() == [0, 0, 0]
+    assert torch.allclose(frequencies, probabilities, atol=0.01)  # three standard deviations
 
 
 def test_predicts_the_divergence_of_a_small_change(tiny_llama):
@@ -109,7 +128,7 @@ def test_ignored_labels_are_not_predicted(model):
     kept = []
     model.get_submodule(ATTENTION[0]).register_forward_hook(lambda _module, _args, output: kept.append(output))
     logits = model(input_ids=ids).logits[0, 3]
-    sampled = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(0))
+    (sampled,) = drawn(logits[None], seed=0)
     (gradient,) = torch.autograd.grad(-logits.log_softmax(-1)[sampled].sum(), kept[0])
     assert close(statistics[ATTENTION[0]].output_gradient_second_moment, gradient[0].square().sum(0))
     assert statistics[ATTENTION[0]].num_tokens == 8

@@ -179,7 +179,7 @@ def test_the_same_input_gives_the_same_bytes(bits: int) -> None:
 def test_the_result_does_not_depend_on_row_chunks(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = torch.randn(37, 96), torch.rand(96)
     whole = quantize_affine(weight, bits=bits, group_size=32, input_second_moment=moment)
-    monkeypatch.setattr(affine, "_ROWS_OF_WEIGHTS_AT_ONCE", 96 * 5)
+    monkeypatch.setattr(affine, "_WEIGHTS_PER_THREAD_AT_ONCE", 96 * 5)
     assert same_tensors(whole, quantize_affine(weight, bits=bits, group_size=32, input_second_moment=moment))
 
 
