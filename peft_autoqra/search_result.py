@@ -69,7 +69,7 @@ class SearchResult:
 
     Attributes:
         plan: the winner, calibrated and ready for ``AutoQRAConfig(plan=...)``.
-        winner: its trials; the simplest of the plans that none is better than beyond the 95% interval.
+        winner: its trials. A searched plan wins if it is better than the best baseline beyond the 95% interval.
         baselines: name to the trials of the plans that need no search: ``"qlora-4bit"`` where it fits the budget,
             ``"allocation"`` (exact allocation of the scores), ``"uniform"``.
         pareto_front: trials of the last fidelity at the first seed that no other beats in both loss and bytes.

@@ -139,7 +139,8 @@ class AutoQRASearcher:
             bank = self.calibrate()
             problem = self.setup.problem_with(bank.error_table.loss_table(self.setup.space))
             session = SearchSession(self.setup, problem, ladder, log)
-            self._opened = _Open(session, bank, calibration_seconds=time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._opened = _Open(session=session, bank=bank, calibration_seconds=seconds)
             try:
                 yield self
             finally:

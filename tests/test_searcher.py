@@ -147,16 +147,17 @@ def test_nan_losses_are_failed_trials_and_all_failed_is_an_error(make_searcher, 
     with pytest.raises(SearchStateError, match="the held-out loss is nan"):
         searcher.run()
     records = [json.loads(line) for line in (searcher.output_dir / LOG_FILE).read_text().splitlines()[1:]]
-    assert records
-    assert all(record["result"]["status"] == "failed" for record in records)
+    results = [record["result"] for record in records if record["kind"] == "trial"]
+    assert results
+    assert all(result["status"] == "failed" for result in results)
 
 
 def test_a_directory_of_another_search_is_refused(make_searcher):
     make_searcher().run()
     with pytest.raises(SearchStateError, match="train_dataset"):
         make_searcher(train=token_dataset(seed=0, num_sequences=25)).run()
-    with pytest.raises(SearchStateError, match="short_steps: 1 there, 2 now"):
-        make_searcher(short_steps=2).run()
+    with pytest.raises(SearchStateError, match="num_seeds: 2 there, 3 now"):
+        make_searcher(num_seeds=3).run()
     with pytest.raises(SearchStateError, match="holds a search already"):
         make_searcher(resume=False).run()
 
@@ -180,14 +181,14 @@ def test_bad_settings_are_refused_before_work(make_searcher, changes, error, mes
 
 @pytest.mark.parametrize("granularity", ["layer", "block", "fused"])
 def test_modules_of_a_group_get_the_same_choice(make_searcher, granularity):
-    searcher = make_searcher(granularity=granularity, num_generations=0, num_trust_region_trials=0)
+    searcher = make_searcher(granularity=granularity, max_trials=5)
     plan = searcher.run().plan
     for group in searcher.setup.space.groups:
         assert len({plan[module] for module in group.modules}) == 1
 
 
 def test_budget_in_which_qlora_does_not_fit(make_searcher):
-    searcher = make_searcher(memory_budget="0.5*qlora-4bit-r16", num_generations=0)
+    searcher = make_searcher(memory_budget="0.5*qlora-4bit-r16")
     result = searcher.run()
     assert all(trial.total_bytes <= result.budget.limit_bytes for trial in result.trials)
 
@@ -196,19 +197,24 @@ def test_estimate_trains_nothing(make_searcher):
     searcher = make_searcher()
     before = {name: value.clone() for name, value in searcher.setup.model.state_dict().items()}
     estimate = searcher.estimate()
-    assert estimate.max_seconds > 0
+    assert estimate.full_seconds > 0
+    assert 0 < estimate.ladder.calibration_cost < estimate.max_cost
     assert 0 < estimate.smallest_bytes <= estimate.budget_bytes
     assert not Path(searcher.output_dir).exists()
     assert all(torch.equal(value, before[name]) for name, value in searcher.setup.model.state_dict().items())
     result = searcher.run()
-    assert len(result.trials) <= estimate.max_trials
+    assert len(result.trials) <= estimate.ladder.spending.max_trials
+    assert result.cost <= estimate.max_cost
 
 
 def test_paired_margin_of_the_winner(make_searcher):
     result = make_searcher().run()
-    for summary, trial in zip(result.summary()["baselines"].values(), result.baselines.values(), strict=True):
-        expected = np.mean(np.array(result.winner.result.sequence_losses) - np.array(trial.result.sequence_losses))
+    for summary, compared in zip(result.summary()["baselines"].values(), result.baselines.values(), strict=True):
+        pairs = list(zip(result.winner.trials, compared.trials, strict=False))
+        losses = [[np.array(trial.result.sequence_losses) for trial in pair] for pair in pairs]
+        expected = np.mean([first - second for first, second in losses])
         assert summary["winner_minus_this"]["mean"] == pytest.approx(expected)
+        assert summary["winner_minus_this"]["num_seeds"] == len(pairs)
 
 
 def test_a_budget_without_room_for_an_adapter_is_refused_at_once(make_searcher):
@@ -216,7 +222,7 @@ def test_a_budget_without_room_for_an_adapter_is_refused_at_once(make_searcher):
     problem = searcher.setup.problem_with(searcher.setup.zero_table())
     with pytest.raises(MemoryBudgetError, match=f"{problem.smallest_trainable_bytes:,}"):
         make_searcher(memory_budget=str(problem.smallest_bytes))
-    tight = make_searcher("tight", memory_budget=str(problem.smallest_trainable_bytes), num_generations=0)
+    tight = make_searcher("tight", memory_budget=str(problem.smallest_trainable_bytes))
     assert tight.run().plan.memory.total_bytes == problem.smallest_trainable_bytes
 
 
@@ -231,9 +237,11 @@ def test_searches_with_other_choices_share_a_cache(make_searcher):
 
 def test_a_search_with_error_feedback_gives_a_plan_that_carries_its_codes(make_searcher, tiny_llama):
     searcher = make_searcher("gptq", quantizer="gptq", bit_choices=[3, 4])
-    plan = searcher.run().plan
-    assert plan.quantizer.backend == "gptq"
+    result = searcher.run()
+    searched = result.baselines["allocation"].first.plan
     bank = searcher.setup.calibration_bank(Path(searcher.config.cache_dir), show_progress=False)
+    plan = searched.replace(calibration=bank.for_layers(searched))
+    assert plan.quantizer.backend == "gptq"
     for name, layer in plan.items():
         assert np.array_equal(plan.calibration.codes[name].codes, bank.entries[name, layer.bits].codes.codes)
 

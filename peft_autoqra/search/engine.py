@@ -31,7 +31,7 @@ class Decision:
     """What a search would answer now.
 
     Attributes:
-        winner: the best arm, or the simplest of those that it is not better than beyond the 95% interval.
+        winner: the best arm; the best that needs no search, where the best is not better beyond the 95% interval.
         variant: its learning rate, counted from 0.
         best: the arm with the least loss.
         num_seeds: training seeds that they were compared with.
@@ -273,7 +273,5 @@ class SearchEngine:
         return self.ledger.num_seeds(arm, self.ledger.top, variant)
 
     def _complexity(self, arm: Arm) -> int:
-        """0 for uniform plans and those from outside, 1 for the exact allocation, 2 for what was searched."""
-        if isinstance(arm, str) or arm == self.uniform:
-            return 0
-        return 1 if arm == self.allocation else 2
+        """0 for what needs no search, 1 for what was searched."""
+        return 0 if isinstance(arm, str) or arm in (self.uniform, self.allocation) else 1
