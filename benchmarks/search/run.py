@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import wraps
 
@@ -14,7 +15,7 @@ from peft_autoqra.search_space import Candidate
 MAX_REPEATS = 200  # evaluations in a row that were known, after which a method is taken to have nothing new
 
 
-class CostSpent(Exception):  # noqa: N818 (not an error: the regular end of a run)
+class CostSpent(Exception):
     """The next evaluation would cost more than is left, or nothing new is left to evaluate."""
 
 
@@ -135,10 +136,8 @@ def until_spent(search: Callable[[Run, int], None]) -> Method:
     @wraps(search)
     def method(environment: Environment, budget: float, seed: int) -> Run:
         run = Run(environment, budget)
-        try:
+        with suppress(CostSpent):
             search(run, seed)
-        except CostSpent:
-            pass
         return run
 
     return method
