@@ -16,7 +16,11 @@ MAX_REPEATS = 200  # evaluations in a row that were known, after which a method 
 
 
 class CostSpent(Exception):
-    """The next evaluation would cost more than is left, or nothing new is left to evaluate."""
+    """The next evaluation would cost more than is left, or the method has nothing new to evaluate."""
+
+
+class PoolEmpty(CostSpent):
+    """All of the pool was evaluated at this level and seed."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class Run:
             What was evaluated in its place (the proposal itself, but for recorded tables), and the outcome.
 
         Raises:
-            CostSpent: the evaluation would exceed the budget of cost, or nothing new is left; the run is over.
+            CostSpent: the evaluation would exceed the budget of cost, or the last proposals were all known; the run
+                is over.
+            PoolEmpty: nothing is left to evaluate at this level and seed.
             ValueError: the candidate is off the ladders or above the budget of bytes.
         """
         if not self.problem.is_feasible(candidate):
@@ -94,7 +100,9 @@ class Run:
         level = range(len(self.environment.level_costs))[level]
         known = self._known.setdefault((level, seed), {})
         resolved = self.environment.resolve(candidate, known.keys())
-        if resolved is None or not (resolved in known or self.can_afford(level)) or self._repeats >= MAX_REPEATS:
+        if resolved is None:
+            raise PoolEmpty
+        if not (resolved in known or self.can_afford(level)) or self._repeats >= MAX_REPEATS:
             raise CostSpent
         if resolved in known:
             self._repeats += 1

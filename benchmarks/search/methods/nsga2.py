@@ -51,7 +51,7 @@ def nsga2(run: Run, seed: int) -> None:
 
 def _children(run: Run, first: Individual, second: Individual) -> list[Candidate]:
     one, two = list(first), list(second)
-    if random.random() < CROSSOVER_PROBABILITY:  # noqa: NPY002 (DEAP draws from the same generator)
+    if random.random() < CROSSOVER_PROBABILITY:
         cxUniform(one, two, indpb=0.5)
     tops = (run.problem.space.num_rungs - 1).ravel().tolist()
     for child in (one, two):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from benchmarks.search.run import Run, until_spent
 from peft_autoqra.importance.priors import ImportancePriors
 from peft_autoqra.importance.repair import repair
@@ -32,7 +34,7 @@ def optuna_tpe(run: Run, seed: int) -> None:
 
 @until_spent
 def optuna_nsga2(run: Run, seed: int) -> None:
-    """NSGA-II over (loss, bytes) with the budget as its constraint.
+    """NSGA-II over (loss, bytes) with the budget as its constraint, from a population of random, repaired candidates.
 
     What is above the budget of bytes is known without an evaluation, so it is told at no cost with its violation;
     constrained domination never looks at its loss.
@@ -41,6 +43,9 @@ def optuna_nsga2(run: Run, seed: int) -> None:
     sampler = optuna.samplers.NSGAIISampler(population_size=NSGA2_POPULATION, seed=seed)
     study = optuna.create_study(sampler=sampler, directions=["minimize", "minimize"])
     ladders, problem = _ladders(optuna, run.problem.space), run.problem
+    rng, priors = np.random.default_rng(seed), ImportancePriors.from_problem(problem)
+    for _ in range(NSGA2_POPULATION):  # drawn from the ladders alone, none would be within the budget
+        study.enqueue_trial(_params(repair(problem, problem.space.sample(rng), priors, rng)))
     infeasible = 0
     while infeasible < MAX_INFEASIBLE:
         trial = study.ask(ladders)
@@ -48,7 +53,7 @@ def optuna_nsga2(run: Run, seed: int) -> None:
         total_bytes = problem.total_bytes(candidate)
         infeasible = infeasible + 1 if total_bytes > problem.budget_bytes else 0
         if not infeasible:
-            loss = run.evaluate(candidate)[1].loss
+            loss = run.evaluate(candidate)[1].loss  # of what it was snapped to, where there is a pool
         trial.set_constraint("bytes", float(max(0, total_bytes - problem.budget_bytes)))
         study.tell(trial, (loss, float(total_bytes)))
 
