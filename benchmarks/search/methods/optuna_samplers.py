@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.search.run import Run, until_spent
+from peft_autoqra.errors import MissingDependencyError
 from peft_autoqra.importance.priors import ImportancePriors
 from peft_autoqra.importance.repair import repair
 from peft_autoqra.search_space import Candidate, SearchSpace
@@ -49,6 +50,7 @@ def optuna_nsga2(run: Run, seed: int) -> None:
     infeasible = 0
     while infeasible < MAX_INFEASIBLE:
         trial = study.ask(ladders)
+        _ = trial.relative_params  # counts an enqueued trial to its generation, which is done when first read
         candidate, loss = _candidate(trial.params), 0.0
         total_bytes = problem.total_bytes(candidate)
         infeasible = infeasible + 1 if total_bytes > problem.budget_bytes else 0
@@ -59,9 +61,15 @@ def optuna_nsga2(run: Run, seed: int) -> None:
 
 
 def _optuna() -> Any:
-    """The library, silent; it comes with the extra ``benchmark`` only, so it is imported here."""
-    import optuna  # noqa: PLC0415 (optional dependency)
+    """The library, silent; it comes with the extra ``benchmark`` only, so it is imported here.
 
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import optuna  # noqa: PLC0415 (optional dependency)
+    except ImportError as error:
+        raise MissingDependencyError("Optuna's samplers need optuna: pip install '.[benchmark]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
