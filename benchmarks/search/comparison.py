@@ -107,7 +107,5 @@ def append_curve(path: Path, curve: RegretCurve) -> None:
 
 def write_curves(path: Path, curves: Sequence[RegretCurve]) -> None:
     """Replace the record: sorted, without repeats."""
-    ordered = sorted(
-        curves, key=lambda curve: (curve.job.landscape, curve.job.method, curve.job.budget, curve.job.seed)
-    )
+    ordered = sorted(curves, key=lambda curve: astuple(curve.job))
     path.write_text("".join(json.dumps(asdict(curve)) + "\n" for curve in ordered), encoding="utf-8")
