@@ -29,9 +29,9 @@ SEARCHES = [parameter for parameter in EVERY_METHOD if parameter.values[0] != "a
 @pytest.mark.parametrize("landscape", [interactions, multi_fidelity])
 def test_keeps_its_cost_and_follows_its_seed(name, landscape):
     environment = landscape(0, num_layers=2)
-    first, same = (METHODS[name](environment, 6.0, 0) for _ in range(2))
+    first, same = (METHODS[name](environment, 5.0, 0) for _ in range(2))
     assert first.records == same.records
-    assert first.records[-1].cost <= 6.0 + 1e-9
+    assert first.records[-1].cost <= 5.0 + 1e-9
     assert len({(r.candidate, r.level, r.seed) for r in first.records}) == len(first.records)
     assert all(environment.problem.is_feasible(record.candidate) for record in first.records)
 
@@ -58,11 +58,10 @@ def test_names_the_extra_that_optuna_comes_with():
         METHODS["optuna-tpe"](interactions(0, num_layers=1), 2.0, 0)
 
 
-def test_turbo_learns_after_its_initial_points():
-    environment = interactions(0, num_layers=2)
-    regrets = [METHODS["turbo"](environment, NUM_INITIAL + 15.0, seed).regrets() for seed in range(2)]
-    initial = np.mean([curve[NUM_INITIAL - 1][1] for curve in regrets])
-    assert np.mean([curve[-1][1] for curve in regrets]) < 0.7 * initial
+def test_turbo_proposes_better_than_its_initial_points():
+    records = METHODS["turbo"](interactions(0, num_layers=3), NUM_INITIAL + 5.0, 0).records
+    losses = [record.loss for record in records]
+    assert np.mean(losses[NUM_INITIAL:]) < np.median(losses[:NUM_INITIAL])
 
 
 def test_turbo_rounds_the_cube_to_the_ladders():
@@ -76,7 +75,7 @@ def test_turbo_rounds_the_cube_to_the_ladders():
 
 def test_the_paper_climbs_from_low_to_high_fidelity():
     environment = multi_fidelity(0, num_layers=2)
-    records = METHODS["paper"](environment, 12.0, 0).records
+    records = METHODS["paper"](environment, 7.0, 0).records
     levels = [record.level for record in records]
     assert set(levels) == {0, 2}
     assert levels[0] == 0

@@ -16,8 +16,8 @@ from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate
 
 HIDDEN = 32
-NUM_STEPS = 300
-LEARNING_RATE = 1e-2
+NUM_STEPS = 100
+LEARNING_RATE = 2e-2
 WEIGHT_DECAY = 1e-2
 
 
