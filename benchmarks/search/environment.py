@@ -28,20 +28,32 @@ class Environment(Protocol):
 
     Methods may use ``problem``, ``level_costs``, ``pool`` and :meth:`evaluate` (through a ``Run``, which counts the
     cost). ``true_loss`` and ``optimum_loss`` are for the benchmark alone.
-
-    Attributes:
-        name: of the landscape and its instance.
-        problem: space, exact bytes, additive proxy of the loss, budget.
-        level_costs: cost of one evaluation at each fidelity level, cheapest first; the last is 1.
-        pool: the only candidates that can be evaluated; None where all can.
-        optimum_loss: least true loss of all candidates within the budget, nats per token.
     """
 
-    name: str
-    problem: SearchProblem
-    level_costs: tuple[float, ...]
-    pool: tuple[Candidate, ...] | None
-    optimum_loss: float
+    @property
+    def name(self) -> str:
+        """Of the landscape and its instance."""
+        ...
+
+    @property
+    def problem(self) -> SearchProblem:
+        """Space, exact bytes, additive proxy of the loss, budget."""
+        ...
+
+    @property
+    def level_costs(self) -> tuple[float, ...]:
+        """Cost of one evaluation at each fidelity level, cheapest first; the last is 1."""
+        ...
+
+    @property
+    def pool(self) -> tuple[Candidate, ...] | None:
+        """The only candidates that can be evaluated; None where all can."""
+        ...
+
+    @property
+    def optimum_loss(self) -> float:
+        """Least true loss of all candidates within the budget, nats per token."""
+        ...
 
     def resolve(self, candidate: Candidate, taken: AbstractSet[Candidate]) -> Candidate | None:
         """The candidate that is evaluated in the place of a proposed one.

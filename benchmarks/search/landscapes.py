@@ -225,7 +225,7 @@ def _model_problem(rng: np.random.Generator, num_layers: int) -> tuple[SearchPro
     groups = tuple(ModuleGroup(name, (f"{name}.linear",), max(RANK_CHOICES)) for name in names)
     bits, ranks = np.array(BIT_CHOICES), np.array(RANK_CHOICES)
     num_groups = len(groups)
-    sensitivity = rng.lognormal(0.0, 1.2, num_groups) * 8.0 / num_groups
+    sensitivity = np.asarray(rng.lognormal(0.0, 1.2, num_groups) * 8.0 / num_groups)
     removable = rng.uniform(0.2, 0.7, num_groups)
     left = 1 - removable[:, None] * ranks / (ranks + 16.0)
     error = sensitivity[:, None, None] * 4.0 ** -(bits - 1.0)[None, :, None] * left[:, None, :]
@@ -248,7 +248,7 @@ def _mis_scored(proxy: ModelTables, rng: np.random.Generator, rung_spread: float
     spreads = np.where(np.arange(num_bits) == 0, rung_spread, rung_spread / 3)
     rung = np.exp(spreads * rng.normal(size=num_bits))
     error = proxy.error * (group * kind)[:, None, None] * np.minimum.accumulate(rung)[None, :, None]
-    return ModelTables(error, proxy.demand * rng.lognormal(0, 0.4, num_groups)[:, None, None])
+    return ModelTables(error, proxy.demand * rng.lognormal(0, 0.4, (num_groups, 1, 1)))
 
 
 def _couplings(rng: np.random.Generator, problem: SearchProblem) -> Array:

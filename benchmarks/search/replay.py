@@ -7,6 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +105,7 @@ def load_replays(folder: Path) -> dict[str, ReplayEnvironment]:
     return {f"real-{b}": _environment(f"real-{b}", problems[b], table) for b, table in budgets.items() if table}
 
 
-def _environment(name: str, problem: SearchProblem, rows: list[dict]) -> ReplayEnvironment:
+def _environment(name: str, problem: SearchProblem, rows: list[dict[str, Any]]) -> ReplayEnvironment:
     pool = tuple(tuple(zip(map(int, row["bits"]), map(int, row["ranks"]), strict=True)) for row in rows)
     losses = [[row["sequence_losses"][str(steps)] for row in rows] for steps in LEVEL_STEPS]
     return ReplayEnvironment(name, problem, pool, np.array(losses))

@@ -20,7 +20,7 @@ CROSSOVER_PROBABILITY = 0.9  # Deb et al. 2002
 NUM_MUTATED = 2.0  # variables of a child, on average
 
 
-class LossAndBytes(Fitness):
+class LossAndBytes(Fitness):  # type: ignore[misc]
     """Both minimized."""
 
     weights = (-1.0, -1.0)

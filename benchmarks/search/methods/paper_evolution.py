@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 from deap.tools import selNSGA2
 
 from benchmarks.search.methods.nsga2 import Individual
 from benchmarks.search.methods.paper_surrogate import PaperSurrogate
-from benchmarks.search.run import Run
+from benchmarks.search.run import PoolEmpty, Run
 from peft_autoqra.importance.priors import ImportancePriors, round_priors
 from peft_autoqra.importance.repair import repair
 from peft_autoqra.search.operators import coupled_mutation, guided_mutation
@@ -47,6 +49,7 @@ class PaperEvolution:
         self.low: dict[Candidate, float] = {}
         self.high: dict[Candidate, float] = {}
         self.hypervolumes: list[float] = []
+        self._reference_loss: float | None = None  # the first generation's worst
 
     def evolve(self) -> None:
         """Generations until the published number, the stall of the hypervolume, or the end of the stage's cost."""
@@ -83,27 +86,28 @@ class PaperEvolution:
         return population[int(self.rng.integers(len(population), size=2).min())]
 
     def _evaluate_generation(self, candidates: list[Candidate]) -> None:
-        new = []
-        for candidate in candidates:
-            if candidate not in self.low and self._may_spend(self.run.environment.level_costs[0]):
-                resolved, evaluation = self.run.evaluate(candidate, level=0)
-                self.low[resolved] = evaluation.loss
-                new.append(resolved)
-        if not self.run.top_level:
-            self.high.update(self.low)
+        with suppress(PoolEmpty):
+            for candidate in candidates:
+                if candidate not in self.low and self._may_spend(self.run.environment.level_costs[0]):
+                    resolved, evaluation = self.run.evaluate(candidate, level=0)
+                    self.low[resolved] = evaluation.loss
+        if self.run.top_level:
+            self._promote()
         else:
-            self._promote(new)
+            self.high.update(self.low)
         points = [ParetoPoint(c, loss, self.problem.total_bytes(c)) for c, loss in self.high.items()]
-        reference = max(self.high.values(), default=0.0) if not self.hypervolumes else self._reference_loss
-        self._reference_loss = reference
-        self.hypervolumes.append(hypervolume(points, reference, self.problem.budget_bytes + 1))
+        if self._reference_loss is None:
+            self._reference_loss = max(self.high.values(), default=None)
+        if self._reference_loss is not None:
+            self.hypervolumes.append(hypervolume(points, self._reference_loss, self.problem.budget_bytes + 1))
 
-    def _promote(self, new: list[Candidate]) -> None:
-        """Evaluate the new candidates that the surrogate expects most of at high fidelity, and learn from them."""
-        predicted = self.surrogate.predict([(c, self.low[c]) for c in new])
+    def _promote(self) -> None:
+        """Evaluate what the surrogate expects most of at high fidelity, and learn from it."""
+        waiting = [(candidate, loss) for candidate, loss in self.low.items() if candidate not in self.high]
+        predicted = self.surrogate.predict(waiting) if waiting else []
         for index in np.argsort(predicted, kind="stable")[: self.num_promoted]:
             if self._may_spend(1.0):
-                resolved, evaluation = self.run.evaluate(new[index])
+                resolved, evaluation = self.run.evaluate(waiting[index][0])
                 self.high[resolved] = evaluation.loss
         known = [(c, self.low[c]) for c in self.high if c in self.low]
         if len(known) >= 2:

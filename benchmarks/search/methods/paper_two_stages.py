@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from benchmarks.search.methods.paper_bayesopt import improve_front
 from benchmarks.search.methods.paper_evolution import PaperEvolution
-from benchmarks.search.run import PoolEmpty, Run, until_spent
+from benchmarks.search.run import Run, until_spent
 
 NUM_STAGE_2_STEPS = 3
 
@@ -15,7 +13,6 @@ NUM_STAGE_2_STEPS = 3
 def paper_two_stages(run: Run, seed: int) -> None:
     """Stage 1 on all but three evaluations, then stage 2 with those and whatever an early stop of stage 1 left."""
     stage_1 = PaperEvolution(run, max(run.cost_left - NUM_STAGE_2_STEPS, run.cost_left / 2), seed)
-    with suppress(PoolEmpty):
-        stage_1.evolve()
+    stage_1.evolve()
     if len(stage_1.high) >= 2:
         improve_front(run, stage_1.high, stage_1.priors, seed)

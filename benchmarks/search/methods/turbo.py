@@ -112,7 +112,8 @@ def _next_point(run: Run, region: Region, seed: int) -> Tensor:
     if run.environment.pool is not None:
         candidates = _pool_candidates(run, lower, upper)
     with torch.no_grad():
-        return MaxPosteriorSampling(model, replacement=False)(candidates, num_samples=1)[0]
+        sample: Tensor = MaxPosteriorSampling(model, replacement=False)(candidates, num_samples=1)[0]
+    return sample
 
 
 def _perturbed(centre: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
