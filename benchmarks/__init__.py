@@ -1,0 +1,1 @@
+"""Benchmarks that are programs of their own; not part of the wheel."""

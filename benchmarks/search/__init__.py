@@ -1,0 +1,1 @@
+"""Search methods compared at equal evaluation cost, on problems with a known optimum and on recorded fine-tunes."""

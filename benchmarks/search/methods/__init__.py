@@ -1,0 +1,1 @@
+"""Rivals, one per file; ``registry`` names them all."""
