@@ -85,7 +85,7 @@ class Supernet:
             run_training: the training.
             seed: of the initial adapter and of the order of plans.
         """
-        with _random_state_kept():
+        with _random_state_kept(self._resident.model):
             torch.manual_seed(seed)
             peft_model = add_dense_adapter(self._resident.model, self._largest())
             layers = _nested_layers(peft_model)
@@ -173,11 +173,12 @@ def _nested_layers(model: PeftModel) -> dict[str, _NestedLayer]:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
     """What follows a training must not depend on whether it took place now or before a search was resumed."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the trainer seeds this one, too)
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)

@@ -68,7 +68,7 @@ def make_world(tiny_llama, bank, tmp_path):
     def make(shared_plans=None, **changes) -> World:
         settings = {
             "output_dir": str(tmp_path),
-            "learning_rate": 2e-2,
+            "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
             "per_device_train_batch_size": 4,
             "max_length": 16,
@@ -78,7 +78,7 @@ def make_world(tiny_llama, bank, tmp_path):
             "use_cpu": True,
         }
         args, model = SFTConfig(**settings | changes), tiny_llama()
-        data = SFTData(model, args, token_dataset(seed=0), token_dataset(seed=1), word_tokenizer())
+        data = SFTData(model, args, token_dataset(seed=0), token_dataset(seed=0), word_tokenizer())
         resident = ResidentModel(model, linear_targets(model), bank)
         plans = [make_plan(bank, shift) for shift in range(3)] if shared_plans is None else shared_plans
         return World(model, resident, data, bank, args, SFTEvaluator(resident, data, bank, args, LORA_ALPHA, plans))
