@@ -44,10 +44,10 @@ class Supernet:
       not have: each trades bits for ranks.
     - Every plan once before any plan twice, in an order drawn from the seed: equally many updates for all (Chu et al.
       2021, "FairNAS").
-    - The caller gives the plans, near the budget: uniform ones of a whole search space have 2 bits in places where
-      no search leaves them, and their gradients would drown the others'. No shrinking from large to small first
-      (Cai et al. 2020, "Once-for-All"): the base is trained already, as in LoNAS and Shears (Muñoz et al. 2024), whose
-      elastic adapters are sampled from the first step on.
+    - The caller gives the plans, near the budget: random ones of a whole search space have 2 bits in places where no
+      search leaves them, and their gradients would drown the others'. The base is trained already and frozen, as
+      under the elastic adapters of LoNAS and Shears (Muñoz et al. 2024), so nothing shrinks step by step from the
+      largest network to the smallest (Cai et al. 2020, "Once-for-All").
     - Ranks are nested, and a step trains the first r components only (Valipour et al. 2023, "DyLoRA"). Their scaling
       is that of an ordinary adapter of rank r, not of the largest rank: Adam moves every entry by about the learning
       rate, so a constant scaling would make the adapters of small ranks smaller than those that a trial trains.

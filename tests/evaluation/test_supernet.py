@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
 from trl import SFTConfig
 
 from peft_autoqra import BitRankPlan, LayerPlan, QuantizerSettings
@@ -86,8 +85,8 @@ def make_world(tiny_llama, bank, tmp_path):
     return make
 
 
-class _OneStep(TrainerCallback):
-    """Stands for the trainer's loop: a step under each of some plans, whose outputs are kept."""
+class StepsWithoutOptimizer:
+    """In the place of the trainer: steps whose logits and gradients are kept."""
 
     def __init__(self, inputs, num_steps: int) -> None:
         self.inputs, self.num_steps, self.logits, self.gradients = inputs, num_steps, [], []
@@ -112,7 +111,7 @@ def shared_run(make_world, bank):
     """Three plans in training, without an optimizer; the adapter, what was seen, and the world."""
     world = make_world()
     plans = [make_plan(bank, shift) for shift in range(3)]
-    run = _OneStep(torch.arange(24).view(2, 12), num_steps=3)
+    run = StepsWithoutOptimizer(torch.arange(24).view(2, 12), num_steps=3)
     with left_as_it_was(world.model):
         supernet = Supernet(world.resident, plans, LORA_ALPHA, MAX_RANK)
         adapter = supernet.train(run, seed=5)
@@ -180,8 +179,8 @@ def test_a_plan_without_adapters_borrows_nothing(make_world, bank):
     assert world.loss(bare, SHARED) == world.loss(bare, replace(SHARED, shared_steps=0))
 
 
-def test_scores_are_the_same_in_another_process_and_order(make_world, bank):
-    """As after a kill: the supernet is trained again, at another trial, after others or before."""
+def test_scores_are_the_same_after_a_kill_and_in_another_order(make_world, bank):
+    """A search that goes on trains the supernet again, at another trial; others do not notice."""
     plans, own = [make_plan(bank, shift) for shift in range(3)], Fidelity(num_steps=2, num_eval_sequences=8)
     first, second = make_world(), make_world()
     scores = [first.loss(plan, SHARED) for plan in plans]
