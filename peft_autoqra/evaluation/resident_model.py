@@ -87,7 +87,7 @@ class ResidentModel:
         dense = self._originals[name] if bits == DENSE_BITS else self._dense(name, bits, quantizer)
         if not added:
             return dense
-        left, right = (torch.cat(sides, dim) for sides, dim in zip(zip(*added, strict=True), (1, 0), strict=True))
+        left, right = torch.cat([left for left, _ in added], 1), torch.cat([right for _, right in added])
         return torch.addmm(dense, left, right, out=self._buffer(name))
 
     def _dense(self, name: str, bits: int, quantizer: QuantizerSettings) -> Tensor:

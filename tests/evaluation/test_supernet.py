@@ -24,7 +24,7 @@ from tests.tiny_data import token_dataset, word_tokenizer
 
 QUANTIZER = QuantizerSettings(group_size=32)
 MAX_RANK, LORA_ALPHA = 4, 8
-SHARED = Fidelity(num_steps=0, num_eval_sequences=8, shared_steps=6)
+SHARED = Fidelity(num_steps=0, num_eval_sequences=8, shared_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_a_plan_without_adapters_borrows_nothing(make_world, bank):
 
 def test_scores_are_the_same_after_a_kill_and_in_another_order(make_world, bank):
     """A search that goes on trains the supernet again, at another trial; others do not notice."""
-    plans, own = [make_plan(bank, shift) for shift in range(3)], Fidelity(num_steps=2, num_eval_sequences=8)
+    plans, own = [make_plan(bank, shift) for shift in range(3)], Fidelity(num_steps=1, num_eval_sequences=8)
     first, second = make_world(), make_world()
     scores = [first.loss(plan, SHARED) for plan in plans]
     trained = first.loss(plans[0], own)
@@ -194,7 +194,7 @@ def test_scores_are_the_same_after_a_kill_and_in_another_order(make_world, bank)
 
 def test_other_seeds_and_steps_are_other_supernets(make_world, bank):
     world, plan = make_world(), make_plan(bank)
-    fidelities = [SHARED, replace(SHARED, seed=1), replace(SHARED, shared_steps=5)]
+    fidelities = [SHARED, replace(SHARED, seed=1), replace(SHARED, shared_steps=3)]
     assert len({world.loss(plan, fidelity) for fidelity in fidelities}) == 3
 
 
