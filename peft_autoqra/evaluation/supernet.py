@@ -57,7 +57,7 @@ class Supernet:
 
     Args:
         resident: the model.
-        plans: drawn from in training; of all targeted modules.
+        plans: drawn from in training; of all targeted modules. Those without an adapter are left out.
         lora_alpha: of the scaling.
         max_rank: of the shared adapter; a plan above it cannot be scored.
 
@@ -67,13 +67,13 @@ class Supernet:
 
     def __init__(self, resident: ResidentModel, plans: Sequence[BitRankPlan], lora_alpha: int, max_rank: int) -> None:
         """Nothing is trained yet."""
-        if not any(layer.rank for plan in plans for layer in plan.values()):
+        self._plans = tuple(plan for plan in plans if any(layer.rank for layer in plan.values()))
+        if not self._plans:
             raise InvalidPlanError(
                 f"A supernet was given {len(plans)} plans with an adapter in none, so it has nothing to train; give "
                 "SFTEvaluator shared_plans near the budget, or a fidelity with shared_steps=0."
             )
-        self._resident, self._plans = resident, tuple(plans)
-        self._lora_alpha, self._max_rank = lora_alpha, max_rank
+        self._resident, self._lora_alpha, self._max_rank = resident, lora_alpha, max_rank
 
     def train(self, run_training: RunTraining, seed: int) -> SharedAdapter:
         """Train a new shared adapter; the same seed gives the same one.
@@ -143,7 +143,8 @@ class _NestedLayer:
         layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER] = self._lora_a, self._lora_b
 
     def set_rank(self, rank: int, scaling: float) -> None:
-        """Use this many components; with 0 the layer is the base layer."""
+        """Use this many components; with 0 the layer is the base layer, and costs the optimizer nothing, either."""
+        self._layer.enable_adapters(rank > 0)
         self._lora_a.size = self._lora_b.size = rank
         self._layer.scaling[_ADAPTER] = scaling
 

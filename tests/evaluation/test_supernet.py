@@ -100,7 +100,7 @@ class StepsWithoutOptimizer:
             callback.on_step_begin()
             logits = model(self.inputs).logits
             logits.square().mean().backward()
-            trained = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+            trained = {n: torch.zeros(p.shape) if p.grad is None else p.grad for n, p in model.named_parameters()}
             model.zero_grad()
             self.logits.append(logits.detach())
             self.gradients.append(trained)
