@@ -61,7 +61,9 @@ def paired_difference(first: Sequence[Sequence[float]], second: Sequence[Sequenc
         raise ValueError(f"Losses of shape {differences.shape} cannot be compared; give [num_seeds, num_sequences].")
     by_sequence, by_seed = differences.mean(axis=0), differences.mean(axis=1)
     parts = [
-        (float(values.var(ddof=1)) / len(values), len(values) - 1) for values in (by_sequence, by_seed) if len(values) > 1
+        (float(values.var(ddof=1)) / len(values), len(values) - 1)
+        for values in (by_sequence, by_seed)
+        if len(values) > 1
     ]
     variance = sum(part for part, _ in parts)
     spread = sum(part**2 / freedom for part, freedom in parts)

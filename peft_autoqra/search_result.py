@@ -110,7 +110,9 @@ class SearchResult:
         if margin is None:
             return "There is no other plan to compare with."
         low, high = margin.interval
-        figures = f"{margin.mean:+.4f} nats per token, 95% interval {low:+.4f} to {high:+.4f}, {margin.num_seeds} seeds"
+        figures = (
+            f"{margin.mean:+.4f} nats per token, 95% interval {low:+.4f} to {high:+.4f}, {margin.num_seeds} seeds"
+        )
         if not margin.is_better:
             return f"No margin over the best baseline, {name} ({figures}): the simpler plan was taken."
         return f"Better than the best baseline, {name} ({figures}). {self._stability(margin)}"

@@ -227,7 +227,9 @@ class AutoQRASearcher:
         session, limit = self._open.session, self.config.max_seconds
         spent = self._open.calibration_seconds + sum(_seconds(trial) for trial in session.log.trials)
         is_finishing = False
-        with tqdm(desc="search", unit="trial", disable=not self._show_progress, initial=len(session.log.trials)) as bar:
+        with tqdm(
+            desc="search", unit="trial", disable=not self._show_progress, initial=len(session.log.trials)
+        ) as bar:
             while (limit is None or spent < limit) and (trials := session.ask(1)):
                 for trial in trials:
                     bar.set_postfix_str(f"{trial.origin}, {trial.fidelity.num_steps} steps, cost {session.cost:.2f}")

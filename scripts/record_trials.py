@@ -67,9 +67,7 @@ def main() -> None:
                 continue
             origin, candidate = pools[budget][index]
             start = time.perf_counter()
-            curve = evaluator.learning_curve(
-                searchers[budget].setup.searched_plan(candidate), fidelity, CHECKPOINTS
-            )
+            curve = evaluator.learning_curve(searchers[budget].setup.searched_plan(candidate), fidelity, CHECKPOINTS)
             row = {
                 "budget": budget,
                 "index": index,

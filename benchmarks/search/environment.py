@@ -46,6 +46,11 @@ class Environment(Protocol):
         ...
 
     @property
+    def num_seeds(self) -> int:
+        """Training seeds that finalists are worth confirming with: more than one where training is noisy."""
+        ...
+
+    @property
     def pool(self) -> tuple[Candidate, ...] | None:
         """The only candidates that can be evaluated; None where all can."""
         ...

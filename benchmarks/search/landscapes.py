@@ -88,6 +88,11 @@ class ChainLandscape:
     seed: int
     pool: None = None
 
+    @property
+    def num_seeds(self) -> int:
+        """More than one where the luck of a training run matters."""
+        return 3 if self.noise.seed else 1
+
     def resolve(self, candidate: Candidate, taken: Set[Candidate]) -> Candidate:
         """The candidate itself."""
         return candidate

@@ -38,13 +38,14 @@ class ReplayEnvironment:
         problem: space, exact bytes, proxy, budget.
         pool: the recorded plans, all within the budget.
         sequence_losses: nats per token, ``[num_levels, len(pool), num_sequences]``.
-        level_costs: training and evaluation, as a share of the highest level's.
+        num_seeds: that were recorded.
     """
 
     name: str
     problem: SearchProblem
     pool: tuple[Candidate, ...]
     sequence_losses: npt.NDArray[np.float64]
+    num_seeds: int = 1
 
     @cached_property
     def level_costs(self) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import psutil
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_autoqra.dense_layers import DenseLayer, dense_weight, make_dense_layer, set_dense_weight
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.evaluation.shared_adapter import SharedAdapter
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.quant.backends import make_backend
@@ -51,23 +52,27 @@ class ResidentModel:
         self._factors: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._loaded: dict[str, object] = {}
 
-    def load(self, plan: BitRankPlan, *, with_corrections: bool) -> None:
+    def load(self, plan: BitRankPlan, *, with_corrections: bool, shared: SharedAdapter | None = None) -> None:
         """Take on a plan's weights; modules that already have them are left alone.
 
         Args:
             plan: names every targeted module.
             with_corrections: add each module's initial adapter to its weight, where the plan starts compensated; what
                 the model computes before the first training step.
+            shared: of a supernet; added, too, cut to each module's rank.
         """
         add = with_corrections and plan.initialization == "compensate"
         with torch.no_grad():
             for name, layer in plan.items():
-                rank = layer.rank if add and layer.bits != DENSE_BITS else 0
-                key = (layer.bits, rank, plan.quantizer)
+                corrected = add and layer.bits != DENSE_BITS and layer.rank > 0
+                borrowed = shared if layer.rank else None
+                rank = layer.rank if corrected or borrowed else 0
+                key = (layer.bits, rank, corrected, borrowed, plan.quantizer)
                 if self._loaded.get(name) != key:
                     self._loaded.pop(name, None)  # its buffer is neither plan's if this is interrupted
-                    weight = self._weight(name, LayerPlan(layer.bits, rank), plan.quantizer)
-                    set_dense_weight(self._linears[name], weight)
+                    added = [self._correction(name, layer)] if corrected else []
+                    added += [borrowed.cut(name, rank)] if borrowed else []
+                    set_dense_weight(self._linears[name], self._weight(name, layer.bits, added, plan.quantizer))
                     self._loaded[name] = key
 
     def restore(self) -> None:
@@ -76,19 +81,15 @@ class ResidentModel:
             set_dense_weight(self._linears[name], weight)
         self._loaded.clear()
 
-    def _weight(self, name: str, layer: LayerPlan, quantizer: QuantizerSettings) -> Tensor:
-        """Dense weight of a layer with its correction; ``rank`` 0 leaves that out."""
-        if layer.bits == DENSE_BITS:
-            return self._originals[name]
-        dense = self._dense(name, layer.bits, quantizer)
-        if not layer.rank:
+    def _weight(
+        self, name: str, bits: int, added: Sequence[tuple[Tensor, Tensor]], quantizer: QuantizerSettings
+    ) -> Tensor:
+        """Dense weight of a layer plus products of factors, each ``[out_features, r]`` and ``[r, in_features]``."""
+        dense = self._originals[name] if bits == DENSE_BITS else self._dense(name, bits, quantizer)
+        if not added:
             return dense
-        left, right = self._correction(name, layer.bits)
-        if layer.rank > len(right):
-            raise InvalidPlanError(
-                f"Rank {layer.rank} of {name!r} is above the calibrated {len(right)}; calibrate higher."
-            )
-        return torch.addmm(dense, left[:, : layer.rank], right[: layer.rank], out=self._buffer(name))
+        left, right = torch.cat([left for left, _ in added], 1), torch.cat([right for _, right in added])
+        return torch.addmm(dense, left, right, out=self._buffer(name))
 
     def _dense(self, name: str, bits: int, quantizer: QuantizerSettings) -> Tensor:
         """What the quantized layer decodes, in the dtype of the original."""
@@ -106,13 +107,19 @@ class ResidentModel:
             self._decoded[key] = dense
         return dense
 
-    def _correction(self, name: str, bits: int) -> tuple[Tensor, Tensor]:
-        """Factors of the initial adapter at the largest rank, in dtype and on the device of the weight."""
-        if (name, bits) not in self._factors:
-            original, correction = self._originals[name], self._bank.entry(name, bits).correction
+    def _correction(self, name: str, layer: LayerPlan) -> tuple[Tensor, Tensor]:
+        """Factors of the initial adapter, in dtype and on the device of the weight."""
+        key = (name, layer.bits)
+        if key not in self._factors:
+            original, correction = self._originals[name], self._bank.entry(*key).correction
             left, right = (torch.from_numpy(side).to(original) for side in (correction.left, correction.right))
-            self._factors[name, bits] = (left, right)
-        return self._factors[name, bits]
+            self._factors[key] = (left, right)
+        left, right = self._factors[key]
+        if layer.rank > len(right):
+            raise InvalidPlanError(
+                f"Rank {layer.rank} of {name!r} is above the calibrated {len(right)}; calibrate higher."
+            )
+        return left[:, : layer.rank], right[: layer.rank]
 
     def _buffer(self, name: str) -> Tensor:
         """The one place for a weight of this module that is not kept."""

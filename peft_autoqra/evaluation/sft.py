@@ -6,8 +6,9 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from trl import SFTConfig, SFTTrainer
 from peft_autoqra.errors import CalibrationError, InvalidPlanError
 from peft_autoqra.evaluation.held_out import HeldOutLoss, held_out_loss, predicts_something
 from peft_autoqra.evaluation.resident_model import ResidentModel
+from peft_autoqra.evaluation.shared_adapter import SharedAdapter
+from peft_autoqra.evaluation.supernet import Supernet
 from peft_autoqra.evaluation.time_limit import TimeLimitExceeded, call_within
 from peft_autoqra.evaluation.trial_memory import is_out_of_memory, memory_freed
 from peft_autoqra.evaluation.trial_trainer import TrialTrainer
@@ -116,7 +119,9 @@ class SFTEvaluator:
 
     At 0 steps a plan's untrained loss is taken, with its initial adapters. Above, SFTTrainer trains the adapters for
     that many steps with the recipe's settings and the fidelity's seed, so that all plans see the same batches in the
-    same order.
+    same order. With ``shared_steps`` a plan is scored untrained with the adapters of a
+    :class:`~peft_autoqra.evaluation.supernet.Supernet`, which the first trial of this kind trains: its seconds include
+    that, and ``metrics["supernet_seconds"]`` tells how many.
 
     Args:
         resident: the model.
@@ -124,6 +129,7 @@ class SFTEvaluator:
         bank: calibration for the initial adapters.
         args: the recipe of the fine-tune.
         lora_alpha: scaling of the adapters is ``lora_alpha / sqrt(rank)``.
+        shared_plans: what a supernet is trained under; needed for fidelities with ``shared_steps`` alone.
         max_trial_seconds: a trial that takes longer is stopped and has failed; None is no limit.
 
     Raises:
@@ -137,6 +143,7 @@ class SFTEvaluator:
         bank: CalibrationBank,
         args: SFTConfig,
         lora_alpha: int,
+        shared_plans: Sequence[BitRankPlan] = (),
         *,
         max_trial_seconds: float | None = None,
     ) -> None:
@@ -145,13 +152,18 @@ class SFTEvaluator:
             raise InvalidPlanError(f"max_trial_seconds={max_trial_seconds} must be above 0, or None for no limit.")
         self._resident, self._data, self._bank, self._args = resident, data, bank, args
         self._lora_alpha, self._max_trial_seconds = lora_alpha, max_trial_seconds
+        self._shared_plans = tuple(shared_plans)
+        self._shared: dict[Fidelity, SharedAdapter] = {}
         self._held_out_batches: dict[int, list[Mapping[str, Any]]] = {}
 
     @memory_freed()
     def evaluate(self, plan: BitRankPlan, fidelity: Fidelity) -> TrialResult:
         """Evaluate one plan; whatever goes wrong becomes a failed result, and the model is left as it was."""
         start = time.perf_counter()
+        metrics: dict[str, float] = {}
         try:
+            if fidelity.shared_steps:
+                metrics = self._train_supernet(fidelity)
             with left_as_it_was(self._resident.model):  # outside of the limit, which could cut its clean-up short
                 loss = call_within(self._max_trial_seconds, lambda: self._loss(plan, fidelity))
             if not math.isfinite(loss.mean):
@@ -164,6 +176,7 @@ class SFTEvaluator:
             seconds=time.perf_counter() - start,
             loss=loss.mean,
             sequence_losses=loss.sequence_losses,
+            metrics=metrics,
         )
 
     def learning_curve(
@@ -192,8 +205,24 @@ class SFTEvaluator:
         return self._untrained(plan, fidelity) if fidelity.num_steps == 0 else self._trained(plan, fidelity)
 
     def _untrained(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
-        self._resident.load(plan, with_corrections=True)
+        shared = self._shared[_supernet_training(fidelity)] if fidelity.shared_steps else None
+        self._resident.load(plan, with_corrections=True, shared=shared)
         return self._held_out_loss(self._resident.model, fidelity)
+
+    def _train_supernet(self, fidelity: Fidelity) -> dict[str, float]:
+        """Train the shared adapter unless it is there; what that cost, for the trial that had to."""
+        if fidelity.num_steps:
+            raise InvalidPlanError(f"{fidelity} both trains and borrows adapters; set num_steps or shared_steps to 0.")
+        training = _supernet_training(fidelity)
+        if training in self._shared:
+            return {}
+        start = time.perf_counter()
+        supernet = Supernet(self._resident, self._shared_plans, self._lora_alpha, self._bank.settings.fit.max_rank)
+        with left_as_it_was(self._resident.model), tempfile.TemporaryDirectory() as directory:
+            self._shared[training] = supernet.train(
+                lambda model, callback: self._train(model, training, directory, [callback]), fidelity.seed
+            )
+        return {"supernet_seconds": time.perf_counter() - start}
 
     def _trained(self, plan: BitRankPlan, fidelity: Fidelity, on_step: OnStep | None = None) -> HeldOutLoss:
         self._resident.load(plan, with_corrections=False)
@@ -237,6 +266,11 @@ class SFTEvaluator:
         if isinstance(error, TimeLimitExceeded):
             return f"{description} (max_trial_seconds); raise that, or lower the number of steps."
         return description
+
+
+def _supernet_training(fidelity: Fidelity) -> Fidelity:
+    """The training run behind a fidelity with shared steps; the same for all numbers of scored sequences."""
+    return replace(fidelity, num_steps=fidelity.shared_steps, shared_steps=0, num_eval_sequences=0)
 
 
 class _StepCallback(TrainerCallback):  # type: ignore[misc]

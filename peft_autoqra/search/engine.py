@@ -182,7 +182,9 @@ class SearchEngine:
         surrogate = self._surrogate(0)
         while not stage.is_done and num > 0 and (batch := stage.ask()):
             taken = {c: self._pool.nearest(c, self.ledger.candidates(0)) for c in batch}
-            requests = [Request(c, 0, "evolution") for c in dict.fromkeys(taken.values()) if self.problem.is_trainable(c)]
+            requests = [
+                Request(c, 0, "evolution") for c in dict.fromkeys(taken.values()) if self.problem.is_trainable(c)
+            ]
             yield requests[:num]
             num -= len(requests)
             losses = surrogate.predict([(c, self.ledger.loss(c, 0)) for c in taken.values()])

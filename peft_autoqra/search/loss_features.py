@@ -43,9 +43,7 @@ class LossFeatures:
         sizes = (num_bits, num_ranks, self._kinds.shape[1], 2, num_groups, max(num_groups - 1, 0), num_ranks)
         self.block_of_column = np.repeat(np.arange(len(self.BLOCKS)), sizes)
         ends = np.cumsum(sizes)
-        self._slices = {
-            name: slice(end - size, end) for name, size, end in zip(self.BLOCKS, sizes, ends, strict=True)
-        }
+        self._slices = {name: slice(end - size, end) for name, size, end in zip(self.BLOCKS, sizes, ends, strict=True)}
 
     @property
     def num_columns(self) -> int:

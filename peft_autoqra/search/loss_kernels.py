@@ -37,9 +37,7 @@ class BlockLinearKernel(Kernel):  # type: ignore[misc]
         """Prior standard deviation of every column's weight, ``[num_columns]``."""
         return self.log_deviations.exp()[self.block_of_column]
 
-    def forward(
-        self, x1: torch.Tensor, x2: torch.Tensor, diag: bool = False, **_: object
-    ) -> torch.Tensor:
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor, diag: bool = False, **_: object) -> torch.Tensor:
         """``[..., n1, n2]`` from ``[..., n1, num_columns]`` and ``[..., n2, num_columns]``; ``[..., n]`` if diag."""
         first, second = x1 * self.deviations, x2 * self.deviations
         return (first * second).sum(-1) if diag else first @ second.transpose(-1, -2)
@@ -48,9 +46,7 @@ class BlockLinearKernel(Kernel):  # type: ignore[misc]
 class SameLevelKernel(Kernel):  # type: ignore[misc]
     """One where two inputs are of the same cheap fidelity, else zero; columns are indicators, all zero at the top."""
 
-    def forward(
-        self, x1: torch.Tensor, x2: torch.Tensor, diag: bool = False, **_: object
-    ) -> torch.Tensor:
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor, diag: bool = False, **_: object) -> torch.Tensor:
         """As :meth:`BlockLinearKernel.forward`."""
         return (x1 * x2).sum(-1) if diag else x1 @ x2.transpose(-1, -2)
 
@@ -86,9 +82,7 @@ class ProxyMean(Mean):  # type: ignore[misc]
 def smooth_kernel(columns: Sequence[int], log_lengthscale: float, outputscale: float) -> ScaleKernel:
     """Matérn-5/2 with one lengthscale for all columns."""
     kernel = ScaleKernel(
-        MaternKernel(
-            nu=2.5, active_dims=tuple(columns), lengthscale_prior=LogNormalPrior(log_lengthscale, 1.0)
-        ),
+        MaternKernel(nu=2.5, active_dims=tuple(columns), lengthscale_prior=LogNormalPrior(log_lengthscale, 1.0)),
         outputscale_prior=GammaPrior(2.0, 2.0 / outputscale),
     )
     kernel.outputscale = outputscale

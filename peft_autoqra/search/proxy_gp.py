@@ -61,15 +61,15 @@ class LossScaling:
     column_offset: npt.NDArray[np.float64]
 
     @classmethod
-    def fit(
-        cls, data: LossData, predicted: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]
-    ) -> LossScaling:
+    def fit(cls, data: LossData, predicted: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]) -> LossScaling:
         """From observed losses, their predictions ``[num_observations]`` and their columns.
 
         A fidelity without observations takes the figures of the most expensive one that has some.
         """
         last = data.levels.max()
-        members = [data.levels == (level if (data.levels == level).any() else last) for level in range(data.num_levels)]
+        members = [
+            data.levels == (level if (data.levels == level).any() else last) for level in range(data.num_levels)
+        ]
         return cls(
             np.array([data.losses[m].mean() for m in members]),
             np.array([_unit(data.losses[m], predicted[m]) for m in members]),
@@ -142,9 +142,7 @@ class ProxyGP:
                     value.copy_(hyperparameters[name])
         self.model.eval()
 
-    def _inputs(
-        self, positions: npt.NDArray[np.int64], levels: npt.NDArray[np.int64] | None = None
-    ) -> torch.Tensor:
+    def _inputs(self, positions: npt.NDArray[np.int64], levels: npt.NDArray[np.int64] | None = None) -> torch.Tensor:
         """Embedding, features, level indicators and prediction, standardized, ``[num_candidates, d]``."""
         if levels is None:
             levels = np.full(len(positions), self.top)

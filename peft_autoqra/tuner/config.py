@@ -21,6 +21,7 @@ from peft_autoqra.plan_file import ADAPTER_FILE, FORMAT_VERSION
 from peft_autoqra.safetensors_file import check_can_be_read
 from peft_autoqra.tuner.adapter_card import AdapterCard, FineTuneFigures
 from peft_autoqra.tuner.patterns import check_counts, check_syntax
+from peft_autoqra.tuner.rank_scaling import REFERENCE_RANK, alpha_of_rank
 
 COMPENSATE = "compensate"
 _REWRITING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
@@ -102,6 +103,8 @@ class AutoQRAConfig(LoraConfig):
             self.use_rslora = True
         if self.lora_alpha is None:
             self.lora_alpha = LoraConfig.lora_alpha
+        if self.scales_by_rank:
+            self.alpha_pattern = self._alphas_by_rank()
         super().__post_init__()
 
     def _apply_plan(self, plan: BitRankPlan) -> None:
@@ -127,6 +130,19 @@ class AutoQRAConfig(LoraConfig):
             self.lora_alpha = plan.provenance.get("lora_alpha")
         if self.init_lora_weights is None and plan.initialization == COMPENSATE:
             self.init_lora_weights = COMPENSATE
+
+    @property
+    def scales_by_rank(self) -> bool:
+        """Whether adapters are scaled so that one learning rate fits every rank: those of a plan, unless told not to.
+
+        See :mod:`peft_autoqra.tuner.rank_scaling`.
+        """
+        return self.plan is not None and bool(self.use_rslora) and self.alpha_pattern in ({}, self._alphas_by_rank())
+
+    def _alphas_by_rank(self) -> dict[str, float]:
+        """The alpha of every module whose rank is not the reference's."""
+        ranks = {name: layer.rank for name, layer in self.plan.items() if layer.rank not in (0, REFERENCE_RANK)}
+        return {exact_pattern(name): alpha_of_rank(self.lora_alpha, rank) for name, rank in ranks.items()}
 
     def _check_nothing_contradicts(self, plan: BitRankPlan) -> None:
         """Defaults cannot be told from values that were not given, so they pass."""

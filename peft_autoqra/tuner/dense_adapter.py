@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig
-from peft_autoqra.tuner.model import start_at_correction
+from peft_autoqra.tuner.model import start_adapter
 
 
 def add_dense_adapter(model: nn.Module, config: AutoQRAConfig) -> PeftModel:
@@ -21,13 +21,11 @@ def add_dense_adapter(model: nn.Module, config: AutoQRAConfig) -> PeftModel:
         config: with a plan.
     """
     values = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init}
-    compensate = values["init_lora_weights"] == COMPENSATE
-    if compensate:
+    if values["init_lora_weights"] == COMPENSATE:
         values["init_lora_weights"] = True
     values["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())  # PEFT would warn
     peft_model = get_peft_model(model, LoraConfig(**values))
-    if compensate:
-        for name, module in peft_model.get_base_model().named_modules():
-            if isinstance(module, LoraLayer):
-                start_at_correction(module, "default", config, name)
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            start_adapter(module, "default", config, name)
     return peft_model

@@ -18,6 +18,7 @@ from peft_autoqra.target_modules import check_no_fused_experts, is_all_linear
 from peft_autoqra.tuner.config import COMPENSATE, AutoQRAConfig, check_leaves_weights, exact_pattern
 from peft_autoqra.tuner.layer import QuantLoRALinear
 from peft_autoqra.tuner.preparation import quantize_base, replace_layer
+from peft_autoqra.tuner.rank_scaling import row_factor
 from peft_autoqra.tuner.target_checks import check_not_saved_whole
 from peft_autoqra.tuner.targets import base_layers, include_all_linear_layers
 
@@ -105,6 +106,7 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
             return
         name, compensates = kwargs["current_key"], lora_config.init_lora_weights == COMPENSATE
+        starts = compensates or lora_config.init_lora_weights is True
         own = copy.copy(lora_config)
         own.init_lora_weights = True if compensates else lora_config.init_lora_weights
         exact = exact_pattern(name)
@@ -113,8 +115,8 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             own.rank_pattern = {exact: ranks[exact]} if exact in ranks else {}
             own.alpha_pattern = {exact: alphas[exact]} if exact in alphas else alphas
         super()._create_and_replace(own, adapter_name, target, target_name, parent, **kwargs)
-        if compensates:
-            start_at_correction(getattr(parent, target_name), adapter_name, lora_config, name)
+        if starts:
+            start_adapter(getattr(parent, target_name), adapter_name, lora_config, name)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -144,8 +146,10 @@ def dequantize_base(model: nn.Module) -> None:
         quantizer.remove_quantization_config(model)  # else it would be saved as a quantized checkpoint
 
 
-def start_at_correction(layer: LoraLayer, adapter_name: str, config: AutoQRAConfig, module_name: str) -> None:
-    """Set ``scaling * B @ A`` of one adapter layer to the calibrated correction; layers without one stay as they are.
+def start_adapter(layer: LoraLayer, adapter_name: str, config: AutoQRAConfig, module_name: str) -> None:
+    """Set ``scaling * B @ A`` of one adapter layer to the calibrated correction, where the configuration starts there.
+
+    Rows of A are as long as the rank asks for; see :mod:`peft_autoqra.tuner.rank_scaling`.
 
     Args:
         layer: the adapter layer.
@@ -153,11 +157,17 @@ def start_at_correction(layer: LoraLayer, adapter_name: str, config: AutoQRAConf
         config: holds the calibration.
         module_name: as the plan names it.
     """
-    correction = config.calibration.corrections.get(module_name) if config.calibration else None
     weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if correction is None or weight_a.device.type == "meta":  # meta: low_cpu_mem_usage, the saved weights follow
+    if weight_a.device.type == "meta":  # low_cpu_mem_usage, the saved weights follow
         return
     rank = weight_a.shape[0]
+    factor = row_factor(rank) if config.scales_by_rank else 1.0
+    compensates = config.init_lora_weights == COMPENSATE and config.calibration is not None
+    correction = config.calibration.corrections.get(module_name) if compensates else None
     with torch.no_grad():
-        weight_a.copy_(torch.from_numpy(correction.right[:rank]))
-        weight_b.copy_(torch.from_numpy(correction.left[:, :rank]).float() / layer.scaling[adapter_name])
+        if correction is None:
+            weight_a.mul_(factor)
+            return
+        weight_a.copy_(torch.from_numpy(correction.right[:rank]).float() * factor)
+        left = torch.from_numpy(correction.left[:, :rank]).float()
+        weight_b.copy_(left / (factor * layer.scaling[adapter_name]))

@@ -89,12 +89,12 @@ class TestModelIsLeftAsItWas:
         assert results[0].loss == results[1].loss
         assert after == before
 
-    @pytest.mark.parametrize("breaks", ["start_at_correction", "train"])
+    @pytest.mark.parametrize("breaks", ["start_adapter", "train"])
     def test_after_errors(self, evaluate, monkeypatch, breaks):
         def fail(*_args, **_kwargs):
             raise RuntimeError("out of luck")
 
-        target = "tuner.dense_adapter.start_at_correction" if breaks != "train" else "evaluation.sft.SFTTrainer.train"
+        target = "tuner.dense_adapter.start_adapter" if breaks != "train" else "evaluation.sft.SFTTrainer.train"
         monkeypatch.setattr(f"peft_autoqra.{target}", fail)
         results, before, after = evaluate(checkpointing=True)
         assert [result.error for result in results] == ["RuntimeError: out of luck"] * 2
