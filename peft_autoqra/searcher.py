@@ -18,6 +18,7 @@ from trl import SFTConfig
 from peft_autoqra.evaluation.held_out import held_out_loss
 from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
+from peft_autoqra.importance.rank_demand import rank_demand
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.search_config import AutoQRASearchConfig
@@ -109,7 +110,8 @@ class AutoQRASearcher:
         log = TrialLog(self.output_dir / LOG_FILE, self.setup.identity(), resume=self.config.resume)
         bank = self.calibrate()
         calibration_seconds = time.perf_counter() - start
-        problem = self.setup.problem_with(bank.error_table.loss_table(self.setup.space))
+        space = self.setup.space
+        problem = self.setup.problem_with(bank.error_table.loss_table(space) + rank_demand(space)[:, None, :])
         evaluator = self.setup.evaluator(bank)
         try:
             with tqdm(desc="search", unit="trial", disable=not self._show_progress) as progress:
