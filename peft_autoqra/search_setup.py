@@ -26,6 +26,7 @@ from peft_autoqra.granularity import Granularity, build_search_space
 from peft_autoqra.importance.calibration import MAX_GRAM_FEATURES, CalibrationOptions, calibration_fingerprint
 from peft_autoqra.importance.calibration_bank import BankSettings, CalibrationBank, build_calibration_bank
 from peft_autoqra.importance.module_fit import FitSettings
+from peft_autoqra.importance.rank_demand import rank_demand
 from peft_autoqra.memory import MemoryBudget, MemoryModel, resolve_budget
 from peft_autoqra.memory_estimate import MemoryScope
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
@@ -151,6 +152,10 @@ class SearchSetup:
     def zero_table(self) -> npt.NDArray[np.float64]:
         """A loss table that knows nothing yet."""
         return np.zeros(self._bytes_table.shape)
+
+    def loss_table(self, bank: CalibrationBank) -> npt.NDArray[np.float64]:
+        """Estimated loss after a fine-tune, up to a constant: error left, and the task's demand for rank, nats."""
+        return bank.error_table.loss_table(self.space) + rank_demand(self.space)[:, None, :]
 
     def problem_with(self, loss_table: npt.NDArray[np.float64]) -> SearchProblem:
         """The search problem with a loss table, ``[num_groups, num_bits, num_ranks]``."""

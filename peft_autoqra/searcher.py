@@ -137,7 +137,7 @@ class AutoQRASearcher:
         with search_lock(self.output_dir):
             log = TrialLog(self.output_dir / LOG_FILE, self.setup.identity(), resume=self.config.resume)
             bank = self.calibrate()
-            problem = self.setup.problem_with(bank.error_table.loss_table(self.setup.space))
+            problem = self.setup.problem_with(self.setup.loss_table(bank))
             session = SearchSession(self.setup, problem, ladder, log)
             seconds = time.perf_counter() - start
             self._opened = _Open(session=session, bank=bank, calibration_seconds=seconds)

@@ -17,13 +17,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import SFTConfig
 
 from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher
@@ -36,10 +37,11 @@ from peft_autoqra.search_space import Candidate
 from peft_autoqra.trial import Fidelity
 
 BUDGETS = ("4bit", "3bit", "2.5bit")
-CHECKPOINTS = (0, 4, 8, 16)
-POOL_SIZE = 160
-NUM_EVAL_SEQUENCES = 64
+CHECKPOINTS = (0, 4, 12)
+POOL_SIZE = 120
+NUM_EVAL_SEQUENCES = 48
 MAX_TOKENS = 64
+LEARNING_RATE = 6e-4  # best at rank 16, see scripts/benchmark_learning_rates.py
 
 
 def main() -> None:
@@ -51,16 +53,13 @@ def main() -> None:
     path = options.output_dir / f"trials-{shard}-of-{num_shards}.jsonl"
     known = {(row["budget"], row["index"]) for row in read_rows(path)}
     searchers = {budget: make_searcher(budget, options) for budget in BUDGETS}
-    model = searchers[BUDGETS[0]].setup.model
     bank = searchers[BUDGETS[0]].calibrate()
-    table = bank.error_table.loss_table(searchers[BUDGETS[0]].setup.space)
-    problems = {budget: searcher.setup.problem_with(table) for budget, searcher in searchers.items()}
-    save_problems(problems, options.output_dir / "problems.safetensors")
+    problems = {b: searcher.setup.problem_with(searcher.setup.loss_table(bank)) for b, searcher in searchers.items()}
+    rises = bank.error_table.loss_table(searchers[BUDGETS[0]].setup.space)
+    save_problems(problems, rises, options.output_dir / "problems.safetensors")
     pools = {budget: make_pool(problem, seed) for seed, (budget, problem) in enumerate(problems.items())}
-    evaluators = {budget: searchers[budget].setup.evaluator(bank) for budget in BUDGETS[:1]}
-    evaluator = evaluators[BUDGETS[0]]
+    evaluator = searchers[BUDGETS[0]].setup.evaluator(bank)
     fidelity = Fidelity(CHECKPOINTS[-1], NUM_EVAL_SEQUENCES)
-    del model
     for index in range(POOL_SIZE):
         for budget in BUDGETS:
             if index % num_shards != shard or (budget, index) in known:
@@ -99,16 +98,23 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-_MODELS: dict[str, torch.nn.Module] = {}
+@cache
+def prepared_assets() -> dict[str, str]:
+    """Folders of the model and the data; made where missing."""
+    script = Path(__file__).with_name("prepare_demo_assets.py")
+    output = subprocess.run([sys.executable, script, "--json"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output)
+
+
+@cache
+def base_model(folder: str) -> PreTrainedModel:
+    """One model for all budgets."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def make_searcher(budget: str, options: argparse.Namespace) -> AutoQRASearcher:
     """Model, data and recipe; the same but for the budget."""
-    script = Path(__file__).with_name("prepare_demo_assets.py")
-    output = subprocess.run([sys.executable, script, "--json"], check=True, stdout=subprocess.PIPE, text=True).stdout
-    assets = json.loads(output)
-    if not _MODELS:
-        _MODELS["base"] = AutoModelForCausalLM.from_pretrained(assets["model"], dtype=torch.bfloat16)
+    assets = prepared_assets()
     train, dev = (
         Dataset.from_json(f"{assets['imdb']}/{split}.jsonl").select(range(size)).select_columns(["text"])
         for split, size in (("train", 2000), ("dev", NUM_EVAL_SEQUENCES))
@@ -116,7 +122,7 @@ def make_searcher(budget: str, options: argparse.Namespace) -> AutoQRASearcher:
     args = SFTConfig(
         output_dir=str(options.output_dir / "sft"),
         max_steps=CHECKPOINTS[-1],
-        learning_rate=1e-3,
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         per_device_train_batch_size=4,
         per_device_eval_batch_size=8,
@@ -127,7 +133,7 @@ def make_searcher(budget: str, options: argparse.Namespace) -> AutoQRASearcher:
         report_to="none",
     )
     return AutoQRASearcher(
-        _MODELS["base"],
+        base_model(assets["model"]),
         train_dataset=train,
         eval_dataset=dev,
         processing_class=AutoTokenizer.from_pretrained(assets["model"]),
@@ -142,17 +148,18 @@ def make_searcher(budget: str, options: argparse.Namespace) -> AutoQRASearcher:
     )
 
 
-def save_problems(problems: dict[str, SearchProblem], path: Path) -> None:
-    """Tables that all budgets share, and the budgets."""
+def save_problems(problems: dict[str, SearchProblem], rises: np.ndarray, path: Path) -> None:
+    """Tables that all budgets share (bytes, error left by quantization), and the budgets."""
     first = next(iter(problems.values()))
     content = {
         "groups": [[group.name, group.max_rank] for group in first.space.groups],
         "bit_choices": first.space.bit_choices,
         "rank_choices": first.space.rank_choices,
         "fixed_bytes": first.fixed_bytes,
+        "learning_rate": LEARNING_RATE,
         "budgets": {budget: problem.budget_bytes for budget, problem in problems.items()},
     }
-    tables = {"bytes": first.bytes_table, "losses": first.loss_table}
+    tables = {"bytes": first.bytes_table, "losses": rises}
     save_file(tables, path, metadata={"problem": json.dumps(content)})
 
 
@@ -170,6 +177,7 @@ def make_pool(problem: SearchProblem, seed: int) -> list[tuple[str, Candidate]]:
 def proposals(problem: SearchProblem, rng: np.random.Generator) -> Iterator[tuple[str, Candidate]]:
     """Plans that need no luck, then endlessly others."""
     space, importance = problem.space, ImportancePriors.from_marginal_losses(problem)
+    yield "allocation", allocate(problem)
     for floor in range(len(space.rank_choices)):
         if (floored := with_rank_floor(problem, floor)) is not None:
             yield f"allocation-floor-{space.rank_choices[floor]}", floored

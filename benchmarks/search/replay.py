@@ -14,12 +14,13 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from benchmarks.search.environment import Evaluation
+from peft_autoqra.importance.rank_demand import rank_demand
 from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate, ModuleGroup, SearchSpace
 
-LEVEL_STEPS = (0, 4, 8, 16)
+LEVEL_STEPS = (0, 4, 12)
 STEP_TOKENS = 256  # a training step of scripts/record_trials.py: 4 sequences of 64 tokens
-NUM_SEARCH_SEQUENCES = 32  # of the held-out 64; the search never sees the others
+NUM_SEARCH_SEQUENCES = 24  # of the held-out 48; the search never sees the others
 SEQUENCE_TOKENS = 64 / 2  # a held-out sequence in training tokens: a forward pass costs about half of a step's
 
 
@@ -119,5 +120,5 @@ def _read_problems(path: Path) -> dict[str, SearchProblem]:
     groups = tuple(ModuleGroup(name, (name,), max_rank) for name, max_rank in content["groups"])
     space = SearchSpace(groups, tuple(content["bit_choices"]), tuple(content["rank_choices"]))
     largest = int(sizes.max(axis=(1, 2)).sum()) + content["fixed_bytes"]
-    problem = SearchProblem(space, sizes, losses, content["fixed_bytes"], largest)
+    problem = SearchProblem(space, sizes, losses + rank_demand(space)[:, None, :], content["fixed_bytes"], largest)
     return {name: replace(problem, budget_bytes=budget) for name, budget in content["budgets"].items()}

@@ -76,8 +76,8 @@ class Region:
         if moves.sum() <= self.length:
             return target
         groups = np.arange(len(target))
-        loss = self.problem.loss_table
-        gain = loss[groups, *self.centre.T] - loss[groups, *target.T]
+        loss, start = self.problem.loss_table, self.centre
+        gain = loss[groups, start[:, 0], start[:, 1]] - loss[groups, target[:, 0], target[:, 1]]
         order = np.argsort(-gain / np.maximum(moves, 1), kind="stable")
         reached = np.cumsum(moves[order]) <= self.length
         position = self.centre.copy()
