@@ -151,7 +151,7 @@ def test_merging_after_the_dtype_was_changed(tiny_llama: TinyLlamaFactory, make_
     unmerged = logits(model)
     merged = model.merge_and_unload()
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(logits(merged), unmerged, rtol=0.1, atol=0.05)
+    torch.testing.assert_close(logits(merged), unmerged, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -161,9 +161,8 @@ def test_gradients_of_the_adapters_are_those_of_the_dequantized_model(
         if isinstance(layer, QUANTIZED_LAYERS):
             dense.get_submodule(name).weight.data = layer.dequantize()
     ranks = {name: layer.rank for name, layer in plan.items() if layer.rank}
-    reference = get_peft_model(
-        dense, LoraConfig(r=8, target_modules=list(ranks), rank_pattern=ranks, use_rslora=True, lora_alpha=8)
-    )
+    patterns = {"rank_pattern": ranks, "alpha_pattern": {name: 8 * 16 / rank for name, rank in ranks.items()}}
+    reference = get_peft_model(dense, LoraConfig(r=8, target_modules=list(ranks), use_rslora=True, **patterns))
     adapters = {name: parameter for name, parameter in reference.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -335,7 +335,7 @@ def test_peft_without_this_package_reads_plain_lora(tiny_llama: TinyLlamaFactory
     ranks = {name: layer.rank for name, layer in plan.items() if layer.rank}
     assert seen["config"] == "LoraConfig"
     assert seen["ranks"] == ranks
-    assert seen["scalings"] == pytest.approx({name: 5 / rank**0.5 for name, rank in ranks.items()})
+    assert seen["scalings"] == pytest.approx({name: 5 * 16 / rank**1.5 for name, rank in ranks.items()})
     assert seen["base"] == ["Linear"]
     assert len(seen["warnings"]) == 1
     others = [warning for warning in seen["other_warnings"] if "is_gradient_checkpointing" not in warning]
