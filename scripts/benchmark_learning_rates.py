@@ -1,7 +1,10 @@
 """Whether the best learning rate moves with the rank of the adapters, by scaling rule: short fine-tunes of SmolLM2.
 
 Adapters of rank r are scaled by ``2 * (16 / r) ** p``: at p = 1/2 that is rsLoRA with the default alpha of 8, p = 1 is
-classic LoRA with alpha 32, p = 0 a constant. So all rules agree at rank 16. For every rank and rule, learning rates a
+classic LoRA with alpha 32. Adapters that start at the correction of the quantization error may share its magnitude
+between A and B in another way, too: rows of A ``(r / 16) ** balance`` times longer than PEFT's, columns of B as much
+shorter. To Adam, p = 1.5 with a balance of 1/2 is p = 1/2 at a learning rate times ``sqrt(16 / r)``: products and their
+steps are the same. All rules agree at rank 16. For every rank and rule, learning rates a
 factor of two apart are tried until both neighbors of the best one are worse; the optimum is where a parabola through
 these three has its minimum. Intervals are of a bootstrap over the held-out sequences. Bits are uniform, batches and
 their order the same in all runs of a seed.
@@ -14,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import itertools
 import json
 import math
 import platform
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -39,10 +41,12 @@ from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTEvaluator
 from peft_autoqra.importance.calibration_bank import CalibrationBank
+from peft_autoqra.plan import LayerPlan
+from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.trial import Fidelity
 
 SHARED_RANK, SHARED_SCALING = 16, 2.0
-FIRST_POWER = 0
+FIRST_POWER = -1
 BASE_LEARNING_RATE = 1e-3
 NUM_EVAL_SEQUENCES = 64
 NUM_RESAMPLES = 2000
@@ -60,18 +64,21 @@ class Series:
         bits: of every module.
         corrected: adapters start at the calibrated correction of the quantization error, not at zero.
         exponent: p of the scaling.
+        balance: rows of A start ``(r / 16) ** balance`` times longer and columns of B as much shorter.
         ranks: of every module.
     """
 
     bits: int
     corrected: bool
     exponent: float
+    balance: float = 0.0
     ranks: tuple[int, ...] = (4, 16, 64)
 
 
 SERIES = (
     Series(3, True, 0.5),
     Series(3, True, 1.0),
+    Series(3, True, 1.5, balance=0.5),
     Series(16, False, 0.5, ranks=(SHARED_RANK,)),
 )
 """The last one is LoRA on the unquantized model, for reference."""
@@ -85,6 +92,7 @@ class Setting:
     corrected: bool
     rank: int
     scaling: float
+    row_factor: float
 
 
 def main() -> None:
@@ -97,12 +105,8 @@ def main() -> None:
         measured = {series: sweep.measure(series) for series in chosen}
     rows = [summarize(series, losses) for series, losses in measured.items()]
     print_table(rows)
-    levels = level_exponents(measured)
-    for level in levels:
-        low, high = level["interval"]
-        print(f"\n{level['bits']} bits: no slope at p = {level['exponent']:.2f} ({low:.2f} to {high:.2f})")
     if not options.quick:
-        save(options, sweep, {"summary": rows, "level_exponents": levels})
+        save(options, sweep, rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -157,6 +161,24 @@ def make_searcher(options: argparse.Namespace, scratch: str) -> AutoQRASearcher:
     )
 
 
+class RebalancedBank(CalibrationBank):
+    """A bank whose corrections are the same products of other factors."""
+
+    def __init__(self, bank: CalibrationBank, row_factor: float) -> None:
+        """Share the entries."""
+        vars(self).update(vars(bank))
+        self._row_factor = row_factor
+
+    def for_layers(self, layers: Mapping[str, LayerPlan]) -> PlanCalibration:
+        """With longer rows of the right factor."""
+        calibration = super().for_layers(layers)
+        corrections = {
+            name: Correction(left=c.left / self._row_factor, right=c.right * self._row_factor)
+            for name, c in calibration.corrections.items()
+        }
+        return replace(calibration, corrections=corrections)
+
+
 class Sweep:
     """Runs by setting and learning rate; the model is loaded when one is missing.
 
@@ -191,7 +213,8 @@ class Sweep:
         result = {}
         for rank in series.ranks:
             scaling = SHARED_SCALING * (SHARED_RANK / rank) ** series.exponent
-            result[rank] = self._bracketed(Setting(series.bits, series.corrected, rank, scaling))
+            row_factor = (rank / SHARED_RANK) ** series.balance
+            result[rank] = self._bracketed(Setting(series.bits, series.corrected, rank, scaling, row_factor))
         return result
 
     def _bracketed(self, setting: Setting) -> Losses:
@@ -214,7 +237,8 @@ class Sweep:
         args = copy.copy(setup.args)
         args.learning_rate = BASE_LEARNING_RATE * 2.0**power
         alpha = setting.scaling * math.sqrt(setting.rank)  # the evaluator divides by the root
-        evaluator = SFTEvaluator(self._resident, setup.data, self._bank, args, alpha)
+        bank = RebalancedBank(self._bank, setting.row_factor)
+        evaluator = SFTEvaluator(self._resident, setup.data, bank, args, alpha)
         layers = setup.space.decode(setup.space.uniform(setting.bits, setting.rank))
         plan = setup.plan(layers, setup.quantizer, compensate=setting.corrected)
         result = evaluator.evaluate(plan, Fidelity(num_steps, NUM_EVAL_SEQUENCES))
@@ -309,26 +333,6 @@ def slope_over_rank(measured: Mapping[int, Losses]) -> float:
     return float(np.polyfit(np.log2(list(measured)), powers, 1)[0])
 
 
-def level_exponents(measured: Mapping[Series, Mapping[int, Losses]]) -> list[dict[str, Any]]:
-    """Exponents p at which the line through the slopes of two rules is zero."""
-    levels = []
-    for one, other in itertools.combinations(measured, 2):
-        if (one.bits, one.corrected, one.ranks) != (other.bits, other.corrected, other.ranks):
-            continue
-        pairs = zip(samples_of(measured[one]), samples_of(measured[other]), strict=True)
-        zeros = [_zero(one.exponent, slope_over_rank(a), other.exponent, slope_over_rank(b)) for a, b in pairs]
-        exponent = _zero(
-            one.exponent, slope_over_rank(measured[one]), other.exponent, slope_over_rank(measured[other])
-        )
-        levels.append({"bits": one.bits, "exponent": exponent, "interval": interval(zeros)})
-    return levels
-
-
-def _zero(x: float, y: float, other_x: float, other_y: float) -> float:
-    """Where a line through two points is zero; infinite where it is level."""
-    return x - y * (other_x - x) / (other_y - y) if other_y != y else math.inf
-
-
 def interval(values: Sequence[float] | npt.NDArray[np.float64]) -> list[float]:
     """Of 95%."""
     low, high = np.quantile(values, (0.025, 0.975))
@@ -338,10 +342,19 @@ def interval(values: Sequence[float] | npt.NDArray[np.float64]) -> list[float]:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Markdown."""
     ranks = sorted({rank for row in rows for rank in row["ranks"]})
-    print("\n| bits | start | p |" + "".join(f" best at r={rank} (loss) |" for rank in ranks) + " slope (95%) |")
-    print("|" + "---|" * (4 + len(ranks)))
+    print(
+        "\n| bits | start | p | balance |"
+        + "".join(f" best at r={rank} (loss) |" for rank in ranks)
+        + " slope (95%) |"
+    )
+    print("|" + "---|" * (5 + len(ranks)))
     for row in rows:
-        cells = [str(row["bits"]), "correction" if row["corrected"] else "zero", f"{row['exponent']:g}"]
+        cells = [
+            str(row["bits"]),
+            "correction" if row["corrected"] else "zero",
+            f"{row['exponent']:g}",
+            f"{row['balance']:g}",
+        ]
         for rank in ranks:
             rate = row["best_learning_rate"].get(rank)
             cells.append("" if rate is None else f"{rate:.1e} ({row['smallest_loss'][rank]:.3f})")
@@ -350,7 +363,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def save(options: argparse.Namespace, sweep: Sweep, results: dict[str, Any]) -> None:
+def save(options: argparse.Namespace, sweep: Sweep, summary: list[dict[str, Any]]) -> None:
     """Everything that was measured."""
     content = {
         "device": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -358,7 +371,7 @@ def save(options: argparse.Namespace, sweep: Sweep, results: dict[str, Any]) -> 
         "versions": {name: version(name) for name in PACKAGES},
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "num_steps": options.num_steps,
-        **results,
+        "summary": summary,
         "runs": sweep.rows,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
