@@ -1,13 +1,14 @@
 """Whether the best learning rate moves with the rank of the adapters, by scaling rule: short fine-tunes of SmolLM2.
 
 Adapters of rank r are scaled by ``2 * (16 / r) ** p``: at p = 1/2 that is rsLoRA with the default alpha of 8, p = 1 is
-classic LoRA with alpha 32. Adapters that start at the correction of the quantization error may share its magnitude
-between A and B in another way, too: rows of A ``(r / 16) ** balance`` times longer than PEFT's, columns of B as much
-shorter. To Adam, p = 1.5 with a balance of 1/2 is p = 1/2 at a learning rate times ``sqrt(16 / r)``: products and their
-steps are the same. All rules agree at rank 16. For every rank and rule, learning rates a
-factor of two apart are tried until both neighbors of the best one are worse; the optimum is where a parabola through
-these three has its minimum. Intervals are of a bootstrap over the held-out sequences. Bits are uniform, batches and
-their order the same in all runs of a seed.
+classic LoRA with alpha 32. Where adapters start at the correction of the quantization error, its magnitude may also be
+shared differently between A and B: rows of A ``(r / 16) ** balance`` times longer than those of PEFT, columns of B as
+much shorter. To Adam, p = 3/2 with a balance of 1/2 is p = 1/2 with learning rates ``sqrt(16 / r)`` times as large, for
+then start and steps of the products are the same. All rules agree at rank 16.
+
+For every rank and rule, learning rates a factor of two apart are tried until both neighbors of the best one are worse;
+the optimum is where a parabola through these three has its minimum. Intervals are of a bootstrap over the held-out
+sequences. Bits are uniform, batches and their order the same in all runs.
 
 Every run is kept in ``--runs``, so a stopped sweep goes on.
 """
@@ -342,19 +343,12 @@ def interval(values: Sequence[float] | npt.NDArray[np.float64]) -> list[float]:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Markdown."""
     ranks = sorted({rank for row in rows for rank in row["ranks"]})
-    print(
-        "\n| bits | start | p | balance |"
-        + "".join(f" best at r={rank} (loss) |" for rank in ranks)
-        + " slope (95%) |"
-    )
-    print("|" + "---|" * (5 + len(ranks)))
+    columns = ["bits", "start", "p", "balance", *(f"best at r={rank} (loss)" for rank in ranks), "slope (95%)"]
+    print("\n| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
     for row in rows:
-        cells = [
-            str(row["bits"]),
-            "correction" if row["corrected"] else "zero",
-            f"{row['exponent']:g}",
-            f"{row['balance']:g}",
-        ]
+        cells = [str(row["bits"]), "correction" if row["corrected"] else "zero"]
+        cells += [f"{row['exponent']:g}", f"{row['balance']:g}"]
         for rank in ranks:
             rate = row["best_learning_rate"].get(rank)
             cells.append("" if rate is None else f"{rate:.1e} ({row['smallest_loss'][rank]:.3f})")
