@@ -3,8 +3,8 @@
 Adapters of rank r are scaled by ``2 * (16 / r) ** p``: at p = 1/2 that is rsLoRA with the default alpha of 8, p = 1 is
 classic LoRA with alpha 32. Where adapters start at the correction of the quantization error, its magnitude may also be
 shared differently between A and B: rows of A ``(r / 16) ** balance`` times longer than those of PEFT, columns of B as
-much shorter. To Adam, p = 3/2 with a balance of 1/2 is p = 1/2 with learning rates ``sqrt(16 / r)`` times as large, for
-then start and steps of the products are the same. All rules agree at rank 16.
+much shorter. To Adam, p = 3/2 with a balance of 1/2 is p = 1/2 with learning rates ``sqrt(16 / r)`` times as large:
+start and steps of the products are the same. All rules agree at rank 16.
 
 For every rank and rule, learning rates a factor of two apart are tried until both neighbors of the best one are worse;
 the optimum is where a parabola through these three has its minimum. Intervals are of a bootstrap over the held-out
