@@ -104,7 +104,7 @@ def main() -> None:
         sweep = Sweep(options, scratch)
         chosen = (Series(3, True, 0.5, ranks=(SHARED_RANK,)),) if options.quick else SERIES
         measured = {series: sweep.measure(series) for series in chosen}
-    rows = [summarize(series, losses) for series, losses in measured.items()]
+    rows = [summarize(series, losses) for series, losses in measured.items() if all(losses.values())]
     print_table(rows)
     if not options.quick:
         save(options, sweep, rows)
@@ -115,6 +115,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_steps", type=int, default=16, help="training steps of a run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no_runs", action="store_true", help="write what is there, without series that lack runs")
     parser.add_argument("--quick", action="store_true", help="2 steps at one rank; writes no file")
     parser.add_argument("--cache_dir", type=Path, default=Path("runs/calibration"))
     parser.add_argument("--runs", type=Path, default=Path("runs/learning-rates.jsonl"), help="every run, one per line")
@@ -219,10 +220,12 @@ class Sweep:
         return result
 
     def _bracketed(self, setting: Setting) -> Losses:
-        """Losses at learning rates around the best one, run where they are missing."""
+        """Losses at learning rates around the best one, run where they are missing; none where they may not be."""
         missing = [FIRST_POWER]
         while missing:
             if missing[0] not in self._known(setting):
+                if self._options.no_runs:
+                    return {}
                 self._run(setting, missing[0])
             losses = self._known(setting)
             best = best_power(losses)
