@@ -19,10 +19,10 @@ Array = npt.NDArray[np.float64]
 
 BIT_CHOICES = (2, 3, 4, 8)
 RANK_CHOICES = (0, 4, 8, 16, 32)
-UNIT_BYTES = 27_648  # all sizes are multiples of it, so that the budget has few hundred units
+UNIT_BYTES = 131_072  # all sizes are multiples of it, so that the budget has some thousand units
 FIXED_BYTES = 1_000 * UNIT_BYTES
-# Units that a bit, and four ranks, take; the proportions of SmolLM2-135M with float32 adapters.
-KIND_UNITS = {"self_attn": (4, 2), "mlp": (12, 4)}
+# Units that a bit, and four ranks, take: rank 16 is about a quarter of a bit, as 16-bit adapters at hidden size 2048.
+KIND_UNITS = {"self_attn": (16, 1), "mlp": (48, 2)}
 BASE_LOSS = 3.0
 NUM_SEQUENCES = 32
 
