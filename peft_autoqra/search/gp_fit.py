@@ -12,7 +12,7 @@ from botorch.models import SingleTaskGP
 from botorch.utils.sampling import manual_seed
 from gpytorch.mlls import ExactMarginalLogLikelihood
 
-OPTIMIZER_OPTIONS = {"maxiter": 200, "ftol": 1e-6}  # nothing is won by the last digits of a lengthscale
+OPTIMIZER_OPTIONS = {"maxiter": 60, "ftol": 1e-6}  # nothing is won by the last digits of a lengthscale
 
 
 @contextmanager
