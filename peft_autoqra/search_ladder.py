@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from peft_autoqra.errors import SearchBudgetError
@@ -75,7 +76,7 @@ def build_ladder(config: SearchArguments, costs: SearchCosts, *, seed: int, num_
         raise SearchBudgetError(
             f"max_cost={config.max_cost:g} full fine-tunes ({costs.full_steps:,} steps each) is too little to search "
             f"with: calibration takes {costs.calibration:.3g} and the shortest comparison {least:.3g}. Raise max_cost "
-            f"to at least {costs.calibration + least:.3g}, use fewer num_calibration_sequences, or fine-tune for "
+            f"to at least {_rounded_up(costs.calibration + least):.3g}, use fewer num_calibration_sequences, or fine-tune for "
             "longer. Without a search, uniform bits and ranks can be calibrated: autoqra train --bits 4 --r 16."
         )
     fidelities = [top]
@@ -94,6 +95,12 @@ def build_ladder(config: SearchArguments, costs: SearchCosts, *, seed: int, num_
         num_variants=len(config.learning_rate_factors),
     )
     return Ladder(tuple(fidelities), spending, costs.calibration, tuple(config.learning_rate_factors), seed)
+
+
+def _rounded_up(cost: float) -> float:
+    """To three significant digits, so that what a message names suffices."""
+    unit = 10.0 ** (math.floor(math.log10(cost)) - 2)
+    return math.ceil(cost / unit + 1e-6) * unit
 
 
 def _top(config: SearchArguments, costs: SearchCosts, available: float) -> tuple[int, int]:

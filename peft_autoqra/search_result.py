@@ -60,7 +60,9 @@ class ComparedPlan:
 
 
 def _sequence_losses(trial: Trial) -> tuple[float, ...]:
-    return trial.result.sequence_losses if trial.result is not None else ()
+    """Where only the mean was told it counts as exact, as it does in the search."""
+    sequence_losses = trial.result.sequence_losses if trial.result is not None else ()
+    return sequence_losses or (trial.loss or 0.0,) * 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,12 +58,15 @@ class SearchSession:
         return self.ladder.calibration_cost + self.engine.ledger.spent
 
     def ask(self, num: int = 1) -> list[Trial]:
-        """Up to ``num`` trials to be evaluated, those first that a stopped search left open."""
+        """Up to ``num`` trials to be evaluated.
+
+        Those that a stopped search left open come first and by themselves, so that a loop that asks as it did before
+        gets the trials that it would have got.
+        """
         numbers, self._waiting = self._waiting[:num], self._waiting[num:]
-        if len(numbers) < num and not self.is_done:
-            missing = num - len(numbers)
-            numbers += self._take(missing)
-            self.log.add(Asked(missing))  # also where nothing came: the stages' generators have moved
+        if not numbers and num > 0 and not self.is_done:
+            numbers = self._take(num)
+            self.log.add(Asked(num))  # also where nothing came: the stages' generators have moved
         return [self._trial(number) for number in numbers]
 
     def tell(self, trial: Trial, result: TrialResult) -> Trial:
@@ -75,6 +78,8 @@ class SearchSession:
         request = self._request(trial)
         told = self._trial(trial.number, result)
         self.log.add(told)
+        if trial.number in self._waiting:  # evaluated by what outlived the stopped search
+            self._waiting.remove(trial.number)
         self.engine.tell(request, Outcome(result.loss, result.sequence_losses))
         return told
 

@@ -182,6 +182,8 @@ class TrustRegionStage:
         self._batch_losses += [_loss(own[candidate]) for candidate in self._pending if candidate in own]
         self._pending = [candidate for candidate in self._pending if candidate not in own]
         if not self._pending:
+            if min(self._batch_losses, default=math.inf) < self.state.best_loss:
+                self._restart_centre = None  # the incumbent is in the new region now
             self.state = update_state(self.state, self._batch_losses, self.settings.improvement_tolerance)
             self._batch_losses = []
         self._record(told)

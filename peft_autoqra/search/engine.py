@@ -82,7 +82,7 @@ class SearchEngine:
         top = self.ledger.top
         exploring: list[Phase] = [BatchPhase(self._warm_starts()), BatchPhase(self._evolve())]
         exploring += [BatchPhase(self._promote(level)) for level in range(1, top + 1)]
-        exploring.append(TrustRegionPhase(self._trust_region, self._observation, top))
+        exploring.append(TrustRegionPhase(self._trust_region, self._observation, top, lambda: self._affords(top)))
         self._phases: list[Phase] = [BatchPhase(self._baselines()), *exploring, BatchPhase(self._confirm())]
         self._current = 0
         self._pending: dict[Request, Phase] = {}
@@ -104,7 +104,7 @@ class SearchEngine:
             phase = self._phases[self._current]
             requests = phase.ask(num - len(batch))
             for request in requests:
-                if self.ledger.was_asked(request) or not self._affords(request):
+                if self.ledger.was_asked(request) or not self._affords(request.level):
                     phase.tell(request)
                     continue
                 self.ledger.book(request)
@@ -145,10 +145,10 @@ class SearchEngine:
                 return Decision(arm, variants[arm], best, num_seeds[arm])
         return Decision(best, variants[best], best, num_seeds[best])
 
-    def _affords(self, request: Request) -> bool:
-        """Within the budget; exploring leaves what confirmation needs."""
+    def _affords(self, level: int) -> bool:
+        """Whether one more evaluation is within the budget; exploring leaves what confirmation needs."""
         is_exploring = 0 < self._current < len(self._phases) - 1
-        return self.ledger.affords(request.level, self.spending.confirmation if is_exploring else (0.0, 0))
+        return self.ledger.affords(level, self.spending.confirmation if is_exploring else (0.0, 0))
 
     def _baselines(self) -> Iterator[list[Request]]:
         top = self.ledger.top
@@ -231,13 +231,20 @@ class SearchEngine:
         return Observation(candidate, loss, error, top - level)
 
     def _confirm(self) -> Iterator[list[Request]]:
-        """Learning rates, then further seeds, for the best and whoever may still be as good."""
-        top, arms = self.ledger.top, self._finalists()
+        """Learning rates, then further seeds, for the best and whoever may still be as good.
+
+        Whoever misses a seed is out. The two that have to be compared in the end get all theirs, others what is left.
+        """
+        top, finalists, num_seeds = self.ledger.top, self._finalists(), self.spending.num_seeds
         variants = range(1, self.spending.num_variants)
-        yield [Request(arm, top, "confirmation", 0, variant) for arm in arms for variant in variants]
-        for seed in range(1, self.spending.num_seeds):
-            contenders = self._contenders(arms)
-            yield [Request(arm, top, "confirmation", seed, self._variant(arm)) for arm in contenders]
+        arms = list(dict.fromkeys([*self._contenders(finalists), *finalists]))
+        num = self.ledger.num_affordable(top) - 2 * (num_seeds - 1)
+        requests = [Request(arm, top, "confirmation", 0, variant) for arm in arms for variant in variants]
+        yield requests[: max(0, num)]
+        for seed in range(1, num_seeds):
+            num = self.ledger.num_affordable(top) - 2 * (num_seeds - 1 - seed)
+            arms = self._contenders(arms)[: max(2, num)]
+            yield [Request(arm, top, "confirmation", seed, self._variant(arm)) for arm in arms]
 
     def _finalists(self) -> list[Arm]:
         """The best searched candidates and the baselines."""
@@ -248,8 +255,9 @@ class SearchEngine:
         return [*searched[: self.spending.num_finalists], *(arm for arm in dict.fromkeys(baselines) if arm in arms)]
 
     def _contenders(self, arms: list[Arm]) -> list[Arm]:
-        """Best first; always the best one and the best simpler one, others while they may be as good."""
-        ordered = sorted(arms, key=lambda arm: self._loss(arm, self._variant(arm)))
+        """Best first; always the best one and the best simpler one, others while they may be as good; none failed."""
+        losses = {arm: self._loss(arm, self._variant(arm)) for arm in arms}
+        ordered = sorted((arm for arm in arms if math.isfinite(losses[arm])), key=losses.__getitem__)
         if not ordered:
             return []
         best = ordered[0]

@@ -84,6 +84,11 @@ class Ledger:
         within = self.spent + self.level_costs[level] + reserve[0] <= self.total_cost * (1 + 1e-9)
         return within and (self.max_trials is None or self.num_asked + reserve[1] < self.max_trials)
 
+    def num_affordable(self, level: int) -> int:
+        """Further evaluations at a fidelity that are within the budget, if all of it is spent there."""
+        num = int((self.total_cost * (1 + 1e-9) - self.spent) / self.level_costs[level])
+        return num if self.max_trials is None else min(num, self.max_trials - self.num_asked)
+
     def book(self, request: Request) -> None:
         """Spend the cost of a request that is handed out."""
         self._asked[_key(request)] = None

@@ -58,6 +58,7 @@ class TrustRegionPhase:
         make_stage: called when the phase begins, with all that is known then.
         observe: the stage's view of one told candidate.
         level: the fidelity.
+        affords: whether one more evaluation is within the budget; without that the phase is over.
     """
 
     def __init__(
@@ -65,13 +66,16 @@ class TrustRegionPhase:
         make_stage: Callable[[], TrustRegionStage],
         observe: Callable[[Candidate], tuple[Candidate, float | None, float | None]],
         level: int,
+        affords: Callable[[], bool],
     ) -> None:
         """Nothing is known yet."""
-        self._make_stage, self._observe, self._level = make_stage, observe, level
+        self._make_stage, self._observe, self._level, self._affords = make_stage, observe, level, affords
         self._stage: TrustRegionStage | None = None
 
     def ask(self, num: int) -> list[Request]:
         """The stage's next candidates."""
+        if not self._affords():
+            return []
         self._stage = self._stage or self._make_stage()
         return [Request(candidate, self._level, "trust_region") for candidate in self._stage.ask(num)]
 

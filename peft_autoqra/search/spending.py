@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 EVOLUTION_SHARE = 0.2  # of what is explored with, where there are cheap fidelities
 PROMOTION_SHARE = 0.15  # of it, at each fidelity between the cheapest and the last
+EVOLVED_TRIALS = 0.5  # of the trials that explore, at most, where their number is limited
+PROMOTED_TRIALS = 0.25  # likewise, over all fidelities
 MAX_EVOLVED = 400
 NUM_WARM = 8
 NUM_SEEDS = 3
@@ -27,6 +30,7 @@ class Spending:
         num_finalists: searched plans that are confirmed beside the baselines.
         num_seeds: training seeds that finalists are confirmed with.
         num_variants: learning rates that finalists are tried with.
+        num_baselines: plans that are evaluated at the last fidelity whatever the stages find; they are finalists.
         trains_surrogate: a surrogate may decide who climbs; otherwise the cheap loss does.
     """
 
@@ -40,12 +44,13 @@ class Spending:
     num_finalists: int = 2
     num_seeds: int = NUM_SEEDS
     num_variants: int = 1
+    num_baselines: int = 2
     trains_surrogate: bool = True
 
     @property
     def confirmation(self) -> tuple[float, int]:
         """Cost and evaluations that are set aside for the finalists' further seeds and learning rates."""
-        extra = 2 * (self.num_seeds - 1) + (self.num_finalists + 1) * (self.num_variants - 1)
+        extra = 2 * (self.num_seeds - 1) + (self.num_finalists + self.num_baselines) * (self.num_variants - 1)
         num = min(extra, int(0.5 * self.total_cost / self.level_costs[-1]))
         return num * self.level_costs[-1], num
 
@@ -54,11 +59,11 @@ class Spending:
         top = len(self.level_costs) - 1
         if level == top:
             return int(self.total_cost / self.level_costs[top]) if top == 0 else self._num_top()
-        return self.num_promoted[level - 1] + 1 if level else self.num_warm + self.num_evolved
+        return 1 + (self.num_promoted[level - 1] if level else self.num_warm + self.num_evolved)
 
     def _num_top(self) -> int:
         below = sum(self.num_at(level) * cost for level, cost in enumerate(self.level_costs[:-1]))
-        return int((self.total_cost - below) / self.level_costs[-1])
+        return max(0, int((self.total_cost - below) / self.level_costs[-1]))
 
     def without(self, *stages: str) -> Spending:
         """The same budget with some stages left out; what they would have cost goes to the trust region.
@@ -67,7 +72,14 @@ class Spending:
             stages: ``"warm"``, ``"evolution"``, ``"fidelities"``, ``"surrogate"`` or ``"trust_region"``.
         """
         if "fidelities" in stages:
-            only = plan_spending(self.level_costs[-1:], self.total_cost, num_seeds=self.num_seeds)
+            only = plan_spending(
+                self.level_costs[-1:],
+                self.total_cost,
+                max_trials=self.max_trials,
+                num_baselines=self.num_baselines,
+                num_seeds=self.num_seeds,
+                num_variants=self.num_variants,
+            )
             return only.without(*(stage for stage in stages if stage != "fidelities"))
         changed = self
         if "warm" in stages:
@@ -110,21 +122,27 @@ def plan_spending(
         max_trials=max_trials,
         num_seeds=num_seeds,
         num_variants=num_variants,
+        num_baselines=num_baselines,
         num_finalists=2 if num_seeds * costs[-1] * 4 < total_cost else 1,
     )
-    explored = max(0.0, total_cost - plan.confirmation[0] - num_baselines * costs[-1])
+    compared = sum(costs[:-1])  # of the allocation, at the cheaper fidelities
+    explored = max(0.0, total_cost - plan.confirmation[0] - num_baselines * costs[-1] - compared)
+    trials = math.inf
+    if max_trials is not None:
+        trials = max(0, max_trials - plan.confirmation[1] - num_baselines - len(costs) + 1)
     if len(costs) == 1:
-        num = int(explored / costs[0])
+        num = int(min(explored / costs[0], trials))
         num_warm = min(NUM_WARM, num // 3)
         num_evolved = min(MAX_EVOLVED, int(EVOLUTION_SHARE * (num - num_warm)))
         return replace(plan, num_warm=num_warm, num_evolved=num_evolved, num_explored=num)
-    cheap = EVOLUTION_SHARE * explored / costs[0]
+    cheap = min(EVOLUTION_SHARE * explored / costs[0], EVOLVED_TRIALS * trials)
     num_warm = min(NUM_WARM, int(cheap / 2))
-    num_promoted = tuple(int(PROMOTION_SHARE * explored / cost) for cost in costs[1:])
+    most = PROMOTED_TRIALS * trials / len(costs[1:])
+    num_promoted = tuple(int(min(PROMOTION_SHARE * explored / cost, most)) for cost in costs[1:])
     return replace(
         plan,
         num_warm=num_warm,
         num_evolved=min(MAX_EVOLVED, int(cheap) - num_warm),
         num_promoted=num_promoted,
-        num_explored=int(explored / costs[-1]),
+        num_explored=int(min(explored / costs[-1], trials)),
     )
