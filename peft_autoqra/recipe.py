@@ -87,7 +87,7 @@ class AdapterArguments:
             ``"bitsandbytes"`` for NF4 (4 bits) or int8 (8 bits).
         group_size: weights that share a scale, without a plan.
         target_modules: without a plan; None means all linear layers but the head.
-        lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank)``; None takes the plan's, else 8.
+        lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank) * 16 / rank``; None takes the plan's, else 8.
         lora_dropout: as in ``LoraConfig``.
         num_calibration_sequences: training sequences that a native uniform configuration is calibrated on; 0 skips it.
     """
@@ -110,7 +110,7 @@ class AdapterArguments:
         default=None, metadata={"help": "Without a plan: modules; all linear by default."}
     )
     lora_alpha: int | None = field(
-        default=None, metadata={"help": "Scaling is lora_alpha / sqrt(rank); the plan's or 8 where left out."}
+        default=None, metadata={"help": "Scaling is lora_alpha / sqrt(rank) * 16 / rank; the plan's or 8 where left out."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' input."})
     num_calibration_sequences: int = field(

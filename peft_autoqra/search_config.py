@@ -33,7 +33,7 @@ class SearchArguments:
         max_trial_seconds: a trial that takes longer is stopped and counts as failed; None for no limit.
         num_seeds: training seeds that the finalists and the best baseline are confirmed with.
         learning_rate_factors: finalists are tried with the recipe's learning rate times each.
-        lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank)``.
+        lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank) * 16 / rank``.
         cache_dir: where calibration is kept for later searches on the same model and data; None means in output_dir.
         materialize: keep the dense weights of every bit-width in memory, which makes trials start faster and changes
             nothing else; None where they fit into half of the free memory.
@@ -69,7 +69,7 @@ class SearchArguments:
     learning_rate_factors: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Finalists are tried with the learning rate times each."}
     )
-    lora_alpha: int = field(default=8, metadata={"help": "Adapters are scaled by lora_alpha / sqrt(rank)."})
+    lora_alpha: int = field(default=8, metadata={"help": "Adapters are scaled by lora_alpha / sqrt(rank) * 16 / rank."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where calibration is kept for later searches."})
     materialize: bool | None = field(
         default=None, metadata={"help": "Keep dense weights of every bit-width in memory; by default where they fit."}

@@ -4,13 +4,14 @@ Adapters of rank r are scaled by ``2 * (16 / r) ** p``: at p = 1/2 that is rsLoR
 classic LoRA with alpha 32. Where adapters start at the correction of the quantization error, its magnitude may also be
 shared differently between A and B: rows of A ``(r / 16) ** balance`` times longer than those of PEFT, columns of B as
 much shorter. To Adam, p = 3/2 with a balance of 1/2 is p = 1/2 with learning rates ``sqrt(16 / r)`` times as large:
-start and steps of the products are the same. All rules agree at rank 16.
+start and steps of the products are the same; plans are trained so (``peft_autoqra/tuner/rank_scaling.py``). All rules
+agree at rank 16.
 
 For every rank and rule, learning rates a factor of two apart are tried until both neighbors of the best one are worse;
 the optimum is where a parabola through these three has its minimum. Intervals are of a bootstrap over the held-out
 sequences. Bits are uniform, batches and their order the same in all runs.
 
-Every run is kept in ``--runs``, so a stopped sweep goes on.
+Every run is kept in ``--runs``, so a stopped sweep goes on; where that file is missing, from the runs in ``--output``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.plan import LayerPlan
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.trial import Fidelity
+from peft_autoqra.tuner.rank_scaling import alpha_of_rank, row_factor
 
 SHARED_RANK, SHARED_SCALING = 16, 2.0
 FIRST_POWER = -1
@@ -192,10 +194,8 @@ class Sweep:
     def __init__(self, options: argparse.Namespace, scratch: str) -> None:
         """Read the runs of an earlier sweep."""
         self._options, self._scratch = options, scratch
-        self.rows: list[dict[str, Any]] = []
-        if options.runs.exists() and not options.quick:
-            rows = [json.loads(line) for line in options.runs.read_text("utf-8").splitlines()]
-            self.rows = [row for row in rows if row["num_steps"] == options.num_steps]
+        rows = [] if options.quick else earlier_runs(options)
+        self.rows = [row for row in rows if row["num_steps"] == options.num_steps]
 
     @cached_property
     def _searcher(self) -> AutoQRASearcher:
@@ -240,8 +240,9 @@ class Sweep:
         setup, num_steps = self._searcher.setup, self._options.num_steps
         args = copy.copy(setup.args)
         args.learning_rate = BASE_LEARNING_RATE * 2.0**power
-        alpha = setting.scaling * math.sqrt(setting.rank)  # the evaluator divides by the root
-        bank = RebalancedBank(self._bank, setting.row_factor)
+        # the package's rule divides the alpha by the root of the rank and more, and makes A's rows longer
+        alpha = setting.scaling * math.sqrt(setting.rank) / alpha_of_rank(1, setting.rank)
+        bank = RebalancedBank(self._bank, setting.row_factor / row_factor(setting.rank))
         evaluator = SFTEvaluator(self._resident, setup.data, bank, args, alpha)
         layers = setup.space.decode(setup.space.uniform(setting.bits, setting.rank))
         plan = setup.plan(layers, setup.quantizer, compensate=setting.corrected)
@@ -263,6 +264,16 @@ class Sweep:
             self._options.runs.parent.mkdir(parents=True, exist_ok=True)
             with self._options.runs.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def earlier_runs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Of a sweep that was stopped, else of the one that was published."""
+    if options.runs.exists():
+        return [json.loads(line) for line in options.runs.read_text("utf-8").splitlines()]
+    if options.output.exists():
+        rows: list[dict[str, Any]] = json.loads(options.output.read_text("utf-8"))["runs"]
+        return rows
+    return []
 
 
 def best_power(losses: Mapping[int, npt.NDArray[np.float64]]) -> int:

@@ -128,7 +128,7 @@ class SFTEvaluator:
         data: prepared data.
         bank: calibration for the initial adapters.
         args: the recipe of the fine-tune.
-        lora_alpha: scaling of the adapters is ``lora_alpha / sqrt(rank)``.
+        lora_alpha: of the adapters' scaling (:mod:`~peft_autoqra.tuner.rank_scaling`).
         shared_plans: what a supernet is trained under; needed for fidelities with ``shared_steps`` alone.
         max_trial_seconds: a trial that takes longer is stopped and has failed; None is no limit.
 

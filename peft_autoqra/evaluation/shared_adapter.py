@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.tuner.rank_scaling import alpha_of_rank, row_factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +18,7 @@ class SharedAdapter:
 
     Attributes:
         factors: module name to ``(lora_B [out_features, max_rank], lora_A [max_rank, in_features])``.
-        lora_alpha: rank r is scaled by ``lora_alpha / sqrt(r)``, as an adapter of that rank is.
+        lora_alpha: of the scaling of rank r, :func:`nested_scaling`.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -39,5 +40,9 @@ class SharedAdapter:
 
 
 def nested_scaling(lora_alpha: int, rank: int) -> float:
-    """Scaling of the first components together; 0 where there are none."""
-    return lora_alpha / math.sqrt(rank) if rank else 0.0
+    """Scaling of the first components together; 0 where there are none.
+
+    An ordinary adapter of this rank has longer or shorter rows of A (:mod:`~peft_autoqra.tuner.rank_scaling`), which
+    nested ranks, sharing A, cannot have; so their factor is part of the scaling: ``4 * lora_alpha / rank`` in all.
+    """
+    return alpha_of_rank(lora_alpha, rank) / math.sqrt(rank) * row_factor(rank) if rank else 0.0

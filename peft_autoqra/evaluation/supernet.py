@@ -32,7 +32,7 @@ class Supernet:
 
     A plan's model has its quantized weights, plus its own initial correction, plus the shared adapter at its ranks::
 
-        W(plan) = Q(bits) + correction(bits)[:rank] + lora_alpha / sqrt(rank) * B[:, :rank] A[:rank]
+        W(plan) = Q(bits) + correction(bits)[:rank] + 4 * lora_alpha / rank * B[:, :rank] A[:rank]
 
     Corrections belong to a (module, bits) and stay frozen; what is shared is what training adds to them, starting at
     zero as plain LoRA does. After training a plan costs forward passes alone (:class:`SharedAdapter`). What was
@@ -48,9 +48,10 @@ class Supernet:
       search leaves them, and their gradients would drown the others'. The base is trained already and frozen, as
       under the elastic adapters of LoNAS and Shears (Muñoz et al. 2024), so nothing shrinks step by step from the
       largest network to the smallest (Cai et al. 2020, "Once-for-All").
-    - Ranks are nested, and a step trains the first r components only (Valipour et al. 2023, "DyLoRA"). Their scaling
-      is that of an ordinary adapter of rank r, not of the largest rank: Adam moves every entry by about the learning
-      rate, so a constant scaling would make the adapters of small ranks smaller than those that a trial trains.
+    - Ranks are nested, and a step trains the first r components only (Valipour et al. 2023, "DyLoRA"). Adam moves
+      every entry of B by about the learning rate, and the scaling is such that this moves the product as it moves that
+      of an ordinary adapter of rank r (:func:`~peft_autoqra.evaluation.shared_adapter.nested_scaling`): a constant one
+      would make the adapters of small ranks smaller than those that a trial trains.
 
     Shared adapters are no plan's best ones, and momentum goes on moving components that a step leaves out. The scores
     are for ranking plans, not for reporting.
@@ -93,12 +94,12 @@ class Supernet:
         return SharedAdapter({name: layer.factors() for name, layer in layers.items()}, self._lora_alpha)
 
     def _largest(self) -> AutoQRAConfig:
-        """An ordinary adapter of the largest rank, or of a module's own limit, in every module."""
+        """An adapter of the largest rank, or of a module's own limit, in every module; rows of A as PEFT starts them."""
         ranks = {}
         for name in self._plans[0]:
             layer = self._resident.model.get_submodule(name)
             ranks[name] = LayerPlan(DENSE_BITS, min(self._max_rank, *dense_shape(layer)))
-        return AutoQRAConfig(plan=BitRankPlan(ranks), lora_alpha=self._lora_alpha, task_type="CAUSAL_LM")
+        return AutoQRAConfig(plan=BitRankPlan(ranks), use_rslora=False, task_type="CAUSAL_LM")
 
     def _order(self, seed: int) -> Iterator[BitRankPlan]:
         """Plans without end: all of them in random order, then again in another."""

@@ -52,7 +52,10 @@ class AutoQRAConfig(LoraConfig):
         init_lora_weights: None takes the plan's initialization; ``"compensate"`` starts the adapter at the calibrated
             correction of the quantization error (needs a calibrated plan); ``True`` starts at zero as plain LoRA does.
         lora_alpha: None takes the value that the plan was searched with, else 8.
-        use_rslora: None means True: scaling ``lora_alpha / sqrt(r)``, so that one learning rate fits every rank.
+        use_rslora: None means True: scaling ``lora_alpha / sqrt(r)``. Modules of a plan are scaled by ``16 / r`` times
+            that, which is written into ``alpha_pattern``, and start with longer rows of A, so that one learning rate
+            fits every rank (:mod:`peft_autoqra.tuner.rank_scaling`). False, or an ``alpha_pattern`` of your own, turns
+            this off.
         target_modules: without a plan ``"all-linear"`` by default.
         base_fingerprint: hash of the base weights the configuration was made for; filled in when it is applied.
         calibration_digest: of the calibration that the base was quantized with, which then lies beside the adapter;
@@ -91,9 +94,8 @@ class AutoQRAConfig(LoraConfig):
         elif isinstance(self.plan, Mapping) and not isinstance(self.plan, BitRankPlan):
             self.plan = BitRankPlan(self.plan)
         self.calibration: PlanCalibration | None = None
-        if self.plan is not None:
-            self._apply_plan(self.plan)
-        elif self.target_modules is None:
+        is_new_plan = self.plan is not None and self._apply_plan(self.plan)
+        if self.plan is None and self.target_modules is None:
             self.target_modules = "all-linear"
         self.quantizer = QuantizerSettings(backend=self.quant_backend, group_size=self.group_size)
         self._check_values()
@@ -103,17 +105,19 @@ class AutoQRAConfig(LoraConfig):
             self.use_rslora = True
         if self.lora_alpha is None:
             self.lora_alpha = LoraConfig.lora_alpha
-        if self.scales_by_rank:
+        if is_new_plan and self.use_rslora and not self.alpha_pattern:
             self.alpha_pattern = self._alphas_by_rank()
+            self._check_alphas()
         super().__post_init__()
 
-    def _apply_plan(self, plan: BitRankPlan) -> None:
+    def _apply_plan(self, plan: BitRankPlan) -> bool:
+        """Take over what the plan decides, and say whether it was not there already."""
         if not isinstance(plan, BitRankPlan):
             raise InvalidPlanError(f"plan={plan!r} must be a BitRankPlan, a mapping like one, a folder or a hub id.")
         bits_pattern = {exact_pattern(name): layer.bits for name, layer in plan.items()}
         self.calibration = plan.calibration
         if self.bits_pattern == bits_pattern:  # a copy made by dataclasses.replace, as PEFT does to combine adapters
-            return
+            return False
         ranks = {name: layer.rank for name, layer in plan.items() if layer.rank}
         if not ranks:
             raise InvalidPlanError("Every rank of the plan is 0: there is nothing to train. Give some module a rank.")
@@ -130,17 +134,24 @@ class AutoQRAConfig(LoraConfig):
             self.lora_alpha = plan.provenance.get("lora_alpha")
         if self.init_lora_weights is None and plan.initialization == COMPENSATE:
             self.init_lora_weights = COMPENSATE
+        return True
 
-    @property
-    def scales_by_rank(self) -> bool:
-        """Whether adapters are scaled so that one learning rate fits every rank: those of a plan, unless told not to.
+    def scales_by_rank(self, module_name: str) -> bool:
+        """Whether this module's adapter has the scaling that lets one learning rate fit every rank.
 
-        See :mod:`peft_autoqra.tuner.rank_scaling`.
+        See :mod:`peft_autoqra.tuner.rank_scaling`. At the reference rank it would change nothing, so not there.
+
+        Args:
+            module_name: as the plan names it; False for others.
         """
-        return self.plan is not None and bool(self.use_rslora) and self.alpha_pattern in ({}, self._alphas_by_rank())
+        alpha = self.alpha_pattern.get(exact_pattern(module_name))
+        if alpha is None or not self.use_rslora or self.plan is None or module_name not in self.plan:
+            return False
+        rank = self.plan[module_name].rank
+        return rank > 0 and bool(alpha == alpha_of_rank(self.lora_alpha, rank))
 
     def _alphas_by_rank(self) -> dict[str, float]:
-        """The alpha of every module whose rank is not the reference's."""
+        """The alpha of every module of the plan whose rank is not the reference's."""
         ranks = {name: layer.rank for name, layer in self.plan.items() if layer.rank not in (0, REFERENCE_RANK)}
         return {exact_pattern(name): alpha_of_rank(self.lora_alpha, rank) for name, rank in ranks.items()}
 

@@ -106,7 +106,6 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
             return
         name, compensates = kwargs["current_key"], lora_config.init_lora_weights == COMPENSATE
-        starts = compensates or lora_config.init_lora_weights is True
         own = copy.copy(lora_config)
         own.init_lora_weights = True if compensates else lora_config.init_lora_weights
         exact = exact_pattern(name)
@@ -115,8 +114,7 @@ class QuantLoRAModel(LoraModel):  # type: ignore[misc]
             own.rank_pattern = {exact: ranks[exact]} if exact in ranks else {}
             own.alpha_pattern = {exact: alphas[exact]} if exact in alphas else alphas
         super()._create_and_replace(own, adapter_name, target, target_name, parent, **kwargs)
-        if starts:
-            start_adapter(getattr(parent, target_name), adapter_name, lora_config, name)
+        start_adapter(getattr(parent, target_name), adapter_name, lora_config, name)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -149,24 +147,29 @@ def dequantize_base(model: nn.Module) -> None:
 def start_adapter(layer: LoraLayer, adapter_name: str, config: AutoQRAConfig, module_name: str) -> None:
     """Set ``scaling * B @ A`` of one adapter layer to the calibrated correction, where the configuration starts there.
 
-    Rows of A are as long as the rank asks for; see :mod:`peft_autoqra.tuner.rank_scaling`.
+    Where it scales by rank, rows of A are as long as that asks for, and a B that PEFT did not leave at zero, too; see
+    :mod:`peft_autoqra.tuner.rank_scaling`.
 
     Args:
-        layer: the adapter layer.
+        layer: the adapter layer, as PEFT started it.
         adapter_name: which of its adapters.
-        config: holds the calibration.
+        config: with the calibration and, for anything to change, the plan.
         module_name: as the plan names it.
     """
+    compensates = config.init_lora_weights == COMPENSATE and config.calibration is not None
+    correction = config.calibration.corrections.get(module_name) if compensates else None
+    scales_by_rank = config.scales_by_rank(module_name)
+    if correction is None and not scales_by_rank:  # an embedding, say, which has no lora_A
+        return
     weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     if weight_a.device.type == "meta":  # low_cpu_mem_usage, the saved weights follow
         return
     rank = weight_a.shape[0]
-    factor = row_factor(rank) if config.scales_by_rank else 1.0
-    compensates = config.init_lora_weights == COMPENSATE and config.calibration is not None
-    correction = config.calibration.corrections.get(module_name) if compensates else None
+    factor = row_factor(rank) if scales_by_rank else 1.0
     with torch.no_grad():
         if correction is None:
             weight_a.mul_(factor)
+            weight_b.mul_(factor)
             return
         weight_a.copy_(torch.from_numpy(correction.right[:rank]).float() * factor)
         left = torch.from_numpy(correction.left[:, :rank]).float()

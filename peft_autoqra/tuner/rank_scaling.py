@@ -6,10 +6,10 @@ interval -0.52 to -0.43) on SmolLM2 at 3 bits, ``benchmarks/results/learning-rat
 correction of the quantization error leave no room to mend that by the scaling alone, since it also divides their B.
 What does is to make A's rows longer as well:
 
-    scaling = lora_alpha / sqrt(rank) * 16 / rank,    rows of A start sqrt(rank / 16) times as long, B as much shorter
+    scaling = lora_alpha / sqrt(rank) * 16 / rank,    A and B start sqrt(rank / 16) times as long as under rsLoRA
 
 To Adam that is rsLoRA with the learning rate times ``sqrt(16 / rank)``, at every rank: the products start the same and
-move the same. At rank 16 nothing changes.
+move the same (but for Adam's epsilon and for weight decay, which goes by the learning rate). At rank 16 nothing changes.
 """
 
 from __future__ import annotations

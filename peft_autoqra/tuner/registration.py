@@ -45,6 +45,7 @@ def register() -> None:
     PeftModel.get_nb_trainable_parameters = _counting_weights(PeftModel.get_nb_trainable_parameters)
     MixedModel._check_new_adapter_config = _refusing(MixedModel._check_new_adapter_config)
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA] += _BASE_KEYS
+    hotswap.check_hotswap_configs_compatible = _whatever_alphas(hotswap.check_hotswap_configs_compatible)
     hotswap.hotswap_adapter_from_state_dict = _with_scalings(hotswap.hotswap_adapter_from_state_dict)
 
 
@@ -107,6 +108,19 @@ def _refusing(original: Any) -> Any:
         original(self, config)
 
     return _check_new_adapter_config
+
+
+def _whatever_alphas(original: Any) -> Any:
+    """Adapters of other ranks have another ``alpha_pattern``, which is swapped with them; see :func:`_with_scalings`."""
+
+    @wraps(original)
+    def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+        if isinstance(config0, AutoQRAConfig) and isinstance(config1, AutoQRAConfig):
+            config0, config1 = copy.copy(config0), copy.copy(config1)
+            config0.alpha_pattern = config1.alpha_pattern = {}
+        original(config0, config1)
+
+    return check_hotswap_configs_compatible
 
 
 def _with_scalings(original: Any) -> Any:

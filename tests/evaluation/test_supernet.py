@@ -132,7 +132,7 @@ def by_hand(model, bank, plan, adapter) -> torch.nn.Module:
                 weight = weight + left[:, :rank] @ right[:rank]
         lora_b, lora_a = adapter.factors[name]
         for r in range(rank):
-            weight = weight + LORA_ALPHA / rank**0.5 * torch.outer(lora_b[:, r], lora_a[r])
+            weight = weight + LORA_ALPHA * 4 / rank * torch.outer(lora_b[:, r], lora_a[r])
         layer.weight.data = weight
     return model
 

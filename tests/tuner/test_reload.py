@@ -344,7 +344,7 @@ def test_peft_without_this_package_reads_plain_lora(tiny_llama: TinyLlamaFactory
     dense, tensors = tiny_llama(), load_file(adapter / ADAPTER_FILE)  # W + scaling B A by hand
     for name, rank in ranks.items():
         a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-        dense.get_submodule(name).weight.data += 5 / rank**0.5 * b @ a
+        dense.get_submodule(name).weight.data += 5 * 16 / rank**1.5 * b @ a
     with torch.no_grad():
         expected = dense(input_ids=torch.tensor(tokens)).logits
     torch.testing.assert_close(torch.tensor(seen["logits"]).view(expected.shape), expected, rtol=1e-4, atol=1e-5)
