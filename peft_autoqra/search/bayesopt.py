@@ -109,6 +109,10 @@ class TrustRegionStage:
     followed by another one around the exact allocation of scores drawn from the posterior (TuRBO's restart, keeping
     the observations). Equal arguments and equal tells give equal asks.
 
+    Attributes:
+        expected_losses: what the model made of the observed feasible candidates when it was asked last, nats per
+            token: losses without their noise. Empty before.
+
     Args:
         problem: space, tables and budget.
         settings: see :class:`TrustRegionSettings`.
@@ -140,6 +144,7 @@ class TrustRegionStage:
         self._restart_centre: Candidate | None = None
         self._hyperparameters: Hyperparameters | None = None
         self._num_fitted = 0
+        self.expected_losses: dict[Candidate, float] = {}
         self._record([Observation(*known) for known in observations])
 
     @property
@@ -208,8 +213,12 @@ class TrustRegionStage:
         return len(self._usable()) >= MIN_OBSERVATIONS and self.incumbent is not None
 
     def _centre(self) -> Candidate:
-        """The incumbent, or where the region was started again; before any, the exact allocation on the proxy."""
-        return self._restart_centre or self.incumbent or allocate(self.problem)
+        """What the model expects most of, or where the region was started again; at first the incumbent.
+
+        A candidate that was merely lucky is no centre. Before any there is the exact allocation on the proxy.
+        """
+        expected = min(self.expected_losses, key=self.expected_losses.__getitem__, default=None)
+        return self._restart_centre or expected or self.incumbent or allocate(self.problem)
 
     def _region(self, batch: Sequence[Candidate]) -> Region:
         seen = [candidate for candidate, level in self._observations if level == 0]
@@ -289,6 +298,9 @@ class TrustRegionStage:
         model = ProxyGP(self._embedding, self._features, data, None if refit else self._hyperparameters)
         if refit:
             self._hyperparameters, self._num_fitted = model.hyperparameters, len(usable)
+        known = [seen.candidate for seen in self._feasible()]
+        means = model.posterior(np.asarray(known, dtype=np.int64))[0].tolist()
+        self.expected_losses = dict(zip(known, means, strict=True))
         if self._pending:
             model.believe(np.asarray(self._pending, dtype=np.int64))
         return model

@@ -82,7 +82,8 @@ class SearchEngine:
         top = self.ledger.top
         exploring: list[Phase] = [BatchPhase(self._warm_starts()), BatchPhase(self._evolve())]
         exploring += [BatchPhase(self._promote(level)) for level in range(1, top + 1)]
-        exploring.append(TrustRegionPhase(self._trust_region, self._observation, top, lambda: self._affords(top)))
+        self._local = TrustRegionPhase(self._trust_region, self._observation, top, lambda: self._affords(top))
+        exploring.append(self._local)
         self._phases: list[Phase] = [BatchPhase(self._baselines()), *exploring, BatchPhase(self._confirm())]
         self._current = 0
         self._pending: dict[Request, Phase] = {}
@@ -251,7 +252,9 @@ class SearchEngine:
         top = self.ledger.top
         baselines = [arm for arm in (self.allocation, self.uniform, *self._external) if arm is not None]
         arms = self.ledger.arms(top)
-        searched = sorted((arm for arm in arms if arm not in baselines), key=lambda arm: self.ledger.loss(arm, top))
+        expected = self._local.stage.expected_losses if self._local.stage is not None else {}
+        losses = {arm: expected.get(arm, self.ledger.loss(arm, top)) for arm in arms if arm not in baselines}
+        searched = sorted(losses, key=losses.__getitem__)
         return [*searched[: self.spending.num_finalists], *(arm for arm in dict.fromkeys(baselines) if arm in arms)]
 
     def _contenders(self, arms: list[Arm]) -> list[Arm]:

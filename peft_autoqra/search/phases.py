@@ -70,16 +70,16 @@ class TrustRegionPhase:
     ) -> None:
         """Nothing is known yet."""
         self._make_stage, self._observe, self._level, self._affords = make_stage, observe, level, affords
-        self._stage: TrustRegionStage | None = None
+        self.stage: TrustRegionStage | None = None
 
     def ask(self, num: int) -> list[Request]:
         """The stage's next candidates."""
         if not self._affords():
             return []
-        self._stage = self._stage or self._make_stage()
-        return [Request(candidate, self._level, "trust_region") for candidate in self._stage.ask(num)]
+        self.stage = self.stage or self._make_stage()
+        return [Request(candidate, self._level, "trust_region") for candidate in self.stage.ask(num)]
 
     def tell(self, request: Request) -> None:
         """Pass it on."""
-        if self._stage is not None and not isinstance(request.arm, str):
-            self._stage.tell([self._observe(request.arm)])
+        if self.stage is not None and not isinstance(request.arm, str):
+            self.stage.tell([self._observe(request.arm)])
