@@ -26,7 +26,9 @@ FIDELITIES = (Fidelity(0, 4, SEED), Fidelity(8, 4, SEED))
 
 @pytest.fixture(scope="module")
 def setup(tiny_llama, tmp_path_factory):
-    config = AutoQRASearchConfig(rank_choices=[0, 2, 4], bit_choices=[2, 4, 8], granularity="block", seed=SEED)
+    config = AutoQRASearchConfig(
+        rank_choices=[0, 2, 4], bit_choices=[2, 4, 8], granularity="block", seed=SEED, memory_budget="0.97*qlora-4bit-r16"
+    )
     args = tiny_args(tmp_path_factory.mktemp("sft"))
     data = token_dataset(seed=0), token_dataset(seed=1)
     return SearchSetup(SearchInputs(tiny_llama(), args, *data, word_tokenizer(), config))
@@ -43,7 +45,7 @@ def problem(setup):
     return setup.problem_with(table)
 
 
-def make_ladder(max_trials=15, factors=(1.0,), num_seeds=2):
+def make_ladder(max_trials=13, factors=(1.0,), num_seeds=2):
     spending = plan_spending(
         (0.05, 1.0),
         1000.0,
@@ -87,19 +89,35 @@ def trials_of(session):
     return [(t.number, t.origin, t.plan, t.fidelity, t.loss, t.cost) for t in session.log.trials]
 
 
-@pytest.mark.parametrize("num", [1, 3])
-def test_killed_at_every_line_of_the_log_it_ends_the_same(open_session, num):
-    whole = go_on(open_session("whole"), num)
+def test_killed_at_every_line_of_the_log_it_goes_on_the_same(open_session):
+    """The next line is the same after every kill, hence all that follow are."""
+    whole = go_on(open_session("whole"))
     lines = whole.log.path.read_bytes().splitlines(keepends=True)
     assert {trial.origin for trial in whole.log.trials} >= {"evolution", "trust_region", "confirmation"}
     for kept in range(1, len(lines) + 1):
         session = open_session(f"cut{kept}")
         session.log.path.write_bytes(b"".join(lines[:kept]))
-        resumed = go_on(open_session(f"cut{kept}"), num)
-        assert {row[0]: row for row in trials_of(resumed)} == {row[0]: row for row in trials_of(whole)}
+        resumed = open_session(f"cut{kept}")
+        for trial in resumed.ask():
+            resumed.tell(trial, evaluate(trial))
+        written = resumed.log.path.read_bytes()
+        assert len(written) > sum(map(len, lines[:kept])) or resumed.is_done
+        assert b"".join(lines).startswith(written)
+    assert resumed.decision() == whole.decision()
+
+
+def test_killed_among_three_under_way_it_ends_the_same(open_session):
+    """Whichever of three results were told before the kill, the others are told after it."""
+    whole = go_on(open_session("whole"), 3)
+    lines = whole.log.path.read_bytes().splitlines(keepends=True)
+    for kept in range(1, len(lines) + 1):
+        if b'"kind": "trial"' not in lines[kept - 1]:
+            continue
+        session = open_session(f"cut{kept}")
+        session.log.path.write_bytes(b"".join(lines[:kept]))
+        resumed = go_on(open_session(f"cut{kept}"), 3)
+        assert resumed.log.path.read_bytes() == whole.log.path.read_bytes()
         assert resumed.decision() == whole.decision()
-        if num == 1:
-            assert resumed.log.path.read_bytes() == whole.log.path.read_bytes()
 
 
 def test_three_under_way_all_the_time_and_a_kill(open_session):
@@ -110,6 +128,8 @@ def test_three_under_way_all_the_time_and_a_kill(open_session):
         while not session.is_done and num_tells:
             while len(running) < 3 and (new := session.ask(3 - len(running))):
                 running += new
+            if not running:
+                break
             trial = running.pop(rng.integers(len(running)))
             session.tell(trial, evaluate(trial))
             num_tells -= 1
@@ -193,25 +213,8 @@ def test_finishing_is_remembered(open_session):
         session.tell(trial, evaluate(trial))
     session.finish()
     assert session.log.events[-1] == Finished()
-    resumed = open_session()
-    for each in (session, resumed):
-        rest = []
-        while not each.is_done:
-            for trial in each.ask():
-                rest.append(trial)
-                if each is session:
-                    each.engine.tell(each._requests[trial.number], _outcome(trial))
-                else:
-                    each.tell(trial, evaluate(trial))
-        assert {trial.origin.partition(":")[0] for trial in rest} <= {"confirmation"}
-        assert rest
-
-
-def _outcome(trial):
-    from peft_autoqra.search.ledger import Outcome
-
-    result = evaluate(trial)
-    return Outcome(result.loss, result.sequence_losses)
+    rest = go_on(open_session()).log.trials[4:]
+    assert {trial.origin.partition(":")[0] for trial in rest} == {"confirmation"}
 
 
 def test_learning_rates_and_seeds_are_in_the_fidelity(open_session):
@@ -229,7 +232,7 @@ def test_costs_are_booked_with_calibration(open_session):
     session = go_on(open_session())
     costs = [trial.cost for trial in session.log.trials]
     assert session.cost == pytest.approx(0.5 + sum(costs))
-    assert len(costs) <= 15
+    assert len(costs) <= 13
 
 
 def test_baselines_have_names(open_session, setup):
