@@ -36,7 +36,9 @@ def test_seeds_and_sequences_by_hand():
     by_seed, by_sequence = d.mean(axis=1).var(ddof=1) / 3, d.mean(axis=0).var(ddof=1) / 12
     assert ours.mean == pytest.approx(d.mean())
     assert ours.standard_error == pytest.approx(math.sqrt(by_seed + by_sequence))
-    assert ours.degrees_of_freedom == pytest.approx((by_seed + by_sequence) ** 2 / (by_seed**2 / 2 + by_sequence**2 / 11))
+    assert ours.degrees_of_freedom == pytest.approx(
+        (by_seed + by_sequence) ** 2 / (by_seed**2 / 2 + by_sequence**2 / 11)
+    )
     assert ours.num_seeds == 3
 
 

@@ -27,7 +27,7 @@ FIDELITIES = (Fidelity(0, 4, SEED), Fidelity(8, 4, SEED))
 @pytest.fixture(scope="module")
 def setup(tiny_llama, tmp_path_factory):
     config = AutoQRASearchConfig(
-        rank_choices=[0, 2, 4], bit_choices=[2, 4, 8], granularity="block", seed=SEED, memory_budget="0.97*qlora-4bit-r16"
+        rank_choices=[0, 2, 4], bit_choices=[2, 4, 8], granularity="block", seed=SEED, memory_budget="180000"
     )
     args = tiny_args(tmp_path_factory.mktemp("sft"))
     data = token_dataset(seed=0), token_dataset(seed=1)

@@ -78,15 +78,17 @@ def test_asks_while_others_are_pending():
 def collapsed():
     """A stage whose every candidate was worse than what it knew, until its region collapsed."""
     problem = make_problem(12, seed=1, budget_fraction=0.6)
-    settings = TrustRegionSettings(num_trials=11, initial_length=1, failure_tolerance=1, improvement_tolerance=0.0)
-    stage = TrustRegionStage(problem, settings, [(allocate(problem), 1.0, None)])
+    settings = TrustRegionSettings(num_trials=6, initial_length=1, failure_tolerance=1, improvement_tolerance=0.0)
+    best = allocate(problem)
+    known = [c for c in problem.space.neighbors(best) if problem.is_feasible(c)][:5]
+    stage = TrustRegionStage(problem, settings, [(best, 1.0, None), *((c, 1.5, None) for c in known)])
     return problem, run(stage, lambda _: 2.0, batch_size=1)
 
 
 def test_a_collapsed_region_is_followed_by_another(collapsed):
     problem, stage = collapsed
     assert stage.num_restarts > 0
-    assert stage.num_asked == 11
+    assert stage.num_asked == 6
     assert stage.incumbent == allocate(problem)
 
 
@@ -115,7 +117,7 @@ def test_other_fidelities_teach_but_are_no_incumbents():
 def test_hyperparameters_are_fitted_when_there_is_a_fifth_more():
     problem = make_problem(12, seed=1, budget_fraction=0.6)
     truth = InteractingTruth(problem)
-    stage = TrustRegionStage(problem, TrustRegionSettings(num_trials=20))
+    stage = TrustRegionStage(problem, TrustRegionSettings(num_trials=20, improvement_tolerance=0.0))
     stage.tell([(candidate, truth(candidate), None) for candidate in stage.ask(10)])
     fitted = []
     for _ in range(4):
@@ -126,8 +128,9 @@ def test_hyperparameters_are_fitted_when_there_is_a_fifth_more():
 
 
 def test_a_pool_is_all_that_is_proposed():
-    problem, rng = make_problem(8, seed=1, budget_fraction=0.6), np.random.default_rng(0)
+    problem, rng = make_problem(8, seed=1, budget_fraction=0.6, bit_choices=(2, 3, 4)), np.random.default_rng(0)
     pool = [c for c in dict.fromkeys(problem.space.sample(rng) for _ in range(300)) if problem.is_feasible(c)][:9]
+    assert len(pool) == 9
     settings = TrustRegionSettings(num_trials=20, improvement_tolerance=0.0)
     stage, truth, asked = TrustRegionStage(problem, settings, pool=pool), InteractingTruth(problem), []
     while not stage.is_done:
