@@ -89,9 +89,7 @@ class SearchArguments:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InvalidPlanError(f"{name}={value!r} must be above 0.")
-        factors = self.learning_rate_factors
-        if not factors or factors[0] != 1 or not all(factor > 0 for factor in factors):
-            raise InvalidPlanError(f"learning_rate_factors={factors} must be above 0, and the first one 1.")
+        self._check_learning_rates()
         if not any(rank > 0 for rank in self.rank_choices):
             raise InvalidPlanError(f"rank_choices={self.rank_choices} hold no rank above 0; nothing could be trained.")
         if self.quantizer not in ("native", "gptq"):
@@ -100,6 +98,11 @@ class SearchArguments:
             )
         if self.scope not in (None, "training", "stored"):
             raise InvalidPlanError(f"scope={self.scope!r} must be 'training' or 'stored'.")
+
+    def _check_learning_rates(self) -> None:
+        factors = self.learning_rate_factors
+        if not factors or factors[0] != 1 or not all(factor > 0 for factor in factors):
+            raise InvalidPlanError(f"learning_rate_factors={factors} must be above 0, and the first one 1.")
 
     def _require(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -219,7 +219,7 @@ class ProxyGP:
         """
         linear: BlockLinearKernel = self.model.covar_module.kernels[0]
         mean: ProxyMean = self.model.mean_module
-        inputs, targets, noise = self._conditioned
+        inputs, targets, _ = self._conditioned
         with torch.no_grad():
             columns = inputs[:, self._linear.start : self._linear.stop]  # [n, num_columns]
             variances = linear.deviations.square()
