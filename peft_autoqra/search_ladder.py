@@ -73,10 +73,11 @@ def build_ladder(config: SearchArguments, costs: SearchCosts, *, seed: int, num_
     top = Fidelity(num_steps, num_eval, seed)
     least = (num_baselines + 1) * costs.trial(top)
     if available < least:
+        enough = _rounded_up(costs.calibration + least)
         raise SearchBudgetError(
             f"max_cost={config.max_cost:g} full fine-tunes ({costs.full_steps:,} steps each) is too little to search "
             f"with: calibration takes {costs.calibration:.3g} and the shortest comparison {least:.3g}. Raise max_cost "
-            f"to at least {_rounded_up(costs.calibration + least):.3g}, use fewer num_calibration_sequences, or fine-tune for "
+            f"to at least {enough:.3g}, use fewer num_calibration_sequences, or fine-tune for "
             "longer. Without a search, uniform bits and ranks can be calibrated: autoqra train --bits 4 --r 16."
         )
     fidelities = [top]

@@ -273,7 +273,8 @@ class TestRuns:
         assert (searched / "trials.jsonl").read_bytes() == trials
         text = capsys.readouterr().out
         assert "qlora-4bit" in text
-        assert "±" in text
+        assert "full fine-tunes" in text
+        assert "baseline" in text
         assert f"autoqra train --config {searched / 'recipe.yaml'} --plan {searched / 'plan'}" in text
 
     def test_printed_next_command_trains(self, capsys, searched):

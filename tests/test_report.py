@@ -120,7 +120,15 @@ def test_heat_map_has_a_cell_for_every_module_and_a_dot_for_every_adapter(search
 
 def test_comparison_shows_losses_margin_and_both_accounts(search_directory):
     text = write_report(search_directory).read_text()
-    for figure in ("2.7000", "2.8000", "-0.1000 ± 0.0250", "7.6 kB", "6.4 kB", "1 min 33 s", "8.0 kB (training)"):
+    for figure in (
+        "2.7000",
+        "2.8000",
+        "-0.1000 [-0.1500, -0.0500]",
+        "7.6 kB",
+        "6.4 kB",
+        "1 min 33 s",
+        "8.0 kB (training)",
+    ):
         assert figure in text
 
 

@@ -11,7 +11,7 @@ import pytest
 from peft_autoqra.errors import SearchStateError
 from peft_autoqra.plan import BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.trial import Fidelity, Trial, TrialResult, TrialStatus
-from peft_autoqra.trial_log import TrialLog
+from peft_autoqra.trial_log import Asked, Finished, TrialLog
 
 IDENTITY = {"model": "me/base", "seed": 0, "bit_choices": (2, 4), "budget": {"bytes": 1000}}
 FIDELITY = Fidelity(num_steps=8, num_eval_sequences=32, seed=1)
@@ -68,17 +68,30 @@ def test_a_trial_is_on_disk_when_add_returns(tmp_path: Path) -> None:
         assert json.loads(lines[-1])["number"] == number
 
 
-def test_finds_a_plan_at_a_fidelity(tmp_path: Path) -> None:
+def test_events_come_back_in_order(tmp_path: Path) -> None:
     log = TrialLog(tmp_path / "trials.jsonl", IDENTITY)
-    trial, failed = make_trial(0), make_failed_trial(1)
-    log.add(trial)
-    log.add(failed)
-    for opened in (log, TrialLog(log.path, IDENTITY)):
-        same_plan = make_trial(9).plan.replace(provenance={"other": 1})
-        assert opened.find(same_plan, FIDELITY) == trial
-        assert opened.find(failed.plan, FIDELITY) == failed
-        assert opened.find(trial.plan, Fidelity(9, 32, 1)) is None
-        assert opened.find(trial.plan.replace(initialization="zero"), FIDELITY) is None
+    events = [Asked(3), make_trial(2), Asked(1), make_failed_trial(0), Finished(), make_trial(1)]
+    for event in events:
+        log.add(event)
+    reopened = TrialLog(log.path, IDENTITY)
+    assert reopened.events == log.events == events
+    assert [trial.number for trial in reopened.trials] == [2, 0, 1]
+
+
+def test_a_trial_without_a_result_is_not_logged(tmp_path: Path) -> None:
+    log = TrialLog(tmp_path / "trials.jsonl", IDENTITY)
+    content = log.path.read_bytes()
+    with pytest.raises(ValueError, match="Trial 3 has no result"):
+        log.add(make_trial(3, result=None))
+    assert log.path.read_bytes() == content
+    assert log.events == []
+
+
+def test_a_log_of_the_format_before_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    path.write_text(json.dumps({"kind": "search", "version": 1, "identity": IDENTITY}) + "\n")
+    with pytest.raises(SearchStateError, match="no trial log of format 2; use another output_dir"):
+        TrialLog(path, IDENTITY)
 
 
 def test_numpy_numbers_can_be_logged(tmp_path: Path) -> None:
@@ -189,6 +202,10 @@ def test_a_file_that_is_no_log(tmp_path: Path, header: Any) -> None:
         "[]",
         "",
         '{"kind": "trial"}',
+        '{"kind": "asked"}',
+        '{"kind": "asked", "num": 0}',
+        '{"kind": "asked", "num": "3"}',
+        '{"kind": "told"}',
         '{"kind": "trial", "plan": {"layers": {"a": [5, 1]}}, "result": {}}',
         '{"kind": "trial", "plan": {"layers": []}, "result": {}}',
         "\\ud800",

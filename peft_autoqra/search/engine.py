@@ -82,7 +82,7 @@ class SearchEngine:
         top = self.ledger.top
         exploring: list[Phase] = [BatchPhase(self._warm_starts()), BatchPhase(self._evolve())]
         exploring += [BatchPhase(self._promote(level)) for level in range(1, top + 1)]
-        self._local = TrustRegionPhase(self._trust_region, self._observation, top, lambda: self._affords(top))
+        self._local = self._explore()
         exploring.append(self._local)
         self._phases: list[Phase] = [BatchPhase(self._baselines()), *exploring, BatchPhase(self._confirm())]
         self._current = 0
@@ -145,6 +145,12 @@ class SearchEngine:
             if not self._is_worse(arm, best, (variants[best], variants[arm])):
                 return Decision(arm, variants[arm], best, num_seeds[arm])
         return Decision(best, variants[best], best, num_seeds[best])
+
+    def _explore(self) -> TrustRegionPhase:
+        top = self.ledger.top
+        return TrustRegionPhase(
+            self._trust_region, lambda candidate: self._observation(candidate, top), top, lambda: self._affords(top)
+        )
 
     def _affords(self, level: int) -> bool:
         """Whether one more evaluation is within the budget; exploring leaves what confirmation needs."""
@@ -220,10 +226,9 @@ class SearchEngine:
         known = [self._observation(c, level) for level in range(top + 1) for c in self.ledger.candidates(level)]
         return TrustRegionStage(self.problem, settings, known, pool=self._pool.candidates)
 
-    def _observation(self, candidate: Candidate, level: int | None = None) -> Observation:
+    def _observation(self, candidate: Candidate, level: int) -> Observation:
         """Loss relative to the allocation's, with the standard error of that difference."""
         top = self.ledger.top
-        level = top if level is None else level
         loss, reference = self.ledger.loss(candidate, level), self.ledger.loss(self.allocation, level)
         margin = self.ledger.difference(candidate, self.allocation, level)
         error = None if margin is None or candidate == self.allocation else margin.standard_error

@@ -35,7 +35,8 @@ class BlockLinearKernel(Kernel):  # type: ignore[misc]
     @property
     def deviations(self) -> torch.Tensor:
         """Prior standard deviation of every column's weight, ``[num_columns]``."""
-        return self.log_deviations.exp()[self.block_of_column]
+        deviations: torch.Tensor = self.log_deviations.exp()[self.block_of_column]
+        return deviations
 
     def forward(self, x1: torch.Tensor, x2: torch.Tensor, diag: bool = False, **_: object) -> torch.Tensor:
         """``[..., n1, n2]`` from ``[..., n1, num_columns]`` and ``[..., n2, num_columns]``; ``[..., n]`` if diag."""

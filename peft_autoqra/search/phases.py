@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from peft_autoqra.search.bayesopt import TrustRegionStage
+from peft_autoqra.search.bayesopt import Observation, TrustRegionStage
 from peft_autoqra.search.ledger import Request
 from peft_autoqra.search_space import Candidate
 
@@ -64,7 +64,7 @@ class TrustRegionPhase:
     def __init__(
         self,
         make_stage: Callable[[], TrustRegionStage],
-        observe: Callable[[Candidate], tuple[Candidate, float | None, float | None]],
+        observe: Callable[[Candidate], Observation],
         level: int,
         affords: Callable[[], bool],
     ) -> None:

@@ -31,7 +31,7 @@ def write_table(folder, num_plans=12):
         pool.setdefault(random_candidate(problem, priors, rng))
     for index, candidate in enumerate(pool):
         offsets = np.resize([0.2, -0.1], 64)
-        losses = {str(step): landscape.true_loss(candidate) + 1 / (step + 1) + offsets for step in (0, 4, 8, 16)}
+        losses = {str(step): landscape.true_loss(candidate) + 1 / (step + 1) + offsets for step in (0, 4, 12)}
         row = {
             "budget": "3bit",
             "index": index,

@@ -53,7 +53,12 @@ def test_counts_trials():
 def test_an_evaluation_is_known_by_arm_level_seed_and_variant():
     ledger = told((FIRST, 1, 0, 0, 1.0))
     assert ledger.was_asked(Request(FIRST, 1, "other origin"))
-    for other in (Request(SECOND, 1, ""), Request(FIRST, 0, ""), Request(FIRST, 1, "", 1), Request(FIRST, 1, "", 0, 1)):
+    for other in (
+        Request(SECOND, 1, ""),
+        Request(FIRST, 0, ""),
+        Request(FIRST, 1, "", 1),
+        Request(FIRST, 1, "", 0, 1),
+    ):
         assert not ledger.was_asked(other)
     assert ledger.outcome(FIRST, 1) == Outcome(1.0)
     assert ledger.outcome(FIRST, 0) is None

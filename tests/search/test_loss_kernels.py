@@ -15,13 +15,13 @@ def inputs(*shape, seed=0):
 def test_block_linear_kernel_is_the_sum_over_columns():
     kernel = BlockLinearKernel(BLOCKS, range(2, 7))
     with torch.no_grad():
-        kernel.log_deviations.copy_(torch.tensor([0.3, -1.0]))
+        kernel.log_deviations.copy_(torch.tensor([0.3, -1.0], dtype=torch.float64))
     first, second = inputs(4, 8), inputs(3, 8, seed=1)
     deviations = np.exp([0.3, 0.3, -1.0, -1.0, -1.0])
     expected = [
         [sum(deviations[c] ** 2 * float(x[2 + c] * y[2 + c]) for c in range(5)) for y in second] for x in first
     ]
-    np.testing.assert_allclose(kernel(first, second).to_dense().detach(), expected)
+    np.testing.assert_allclose(kernel(first, second).to_dense().detach(), expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(kernel(first, diag=True).detach(), kernel(first).to_dense().diagonal().detach())
 
 

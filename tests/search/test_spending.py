@@ -57,7 +57,13 @@ def test_leaving_out_fidelities_keeps_limits_and_seeds():
     plan = plan_spending((0.1, 1.0), 30.0, max_trials=20, num_baselines=3, num_seeds=2, num_variants=2)
     left = plan.without("fidelities", "trust_region")
     assert left.level_costs == (1.0,)
-    assert (left.total_cost, left.max_trials, left.num_seeds, left.num_variants, left.num_baselines) == (30, 20, 2, 2, 3)
+    assert (left.total_cost, left.max_trials, left.num_seeds, left.num_variants, left.num_baselines) == (
+        30,
+        20,
+        2,
+        2,
+        3,
+    )
     assert left.num_explored == 0
     assert left.num_evolved > 0
 

@@ -43,7 +43,9 @@ def test_learns_what_the_cheap_loss_misses_and_logs_it(problem, caplog):
     surrogate = PromotionSurrogate(problem)
     with caplog.at_level(logging.INFO, logger="peft_autoqra.search.surrogate"):
         surrogate.fit([(candidate, cheap[candidate], expensive(candidate)) for candidate in known])
-    assert "leave-one-out rank correlation" in caplog.text
+    assert str(surrogate.check) in caplog.text
+    assert surrogate.check.is_used
+    assert surrogate.check.rank_correlation > surrogate.check.cheap_rank_correlation
     actual = np.array([expensive(candidate) for candidate in new])
     predicted = np.array(surrogate.predict([(candidate, cheap[candidate]) for candidate in new]))
     alone = np.array([cheap[candidate] for candidate in new])
