@@ -110,7 +110,8 @@ class AdapterArguments:
         default=None, metadata={"help": "Without a plan: modules; all linear by default."}
     )
     lora_alpha: int | None = field(
-        default=None, metadata={"help": "Scaling is lora_alpha / sqrt(rank) * 16 / rank; the plan's or 8 where left out."}
+        default=None,
+        metadata={"help": "Scaling is lora_alpha / sqrt(rank) * 16 / rank; the plan's or 8 where left out."},
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' input."})
     num_calibration_sequences: int = field(

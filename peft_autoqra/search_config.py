@@ -69,7 +69,9 @@ class SearchArguments:
     learning_rate_factors: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Finalists are tried with the learning rate times each."}
     )
-    lora_alpha: int = field(default=8, metadata={"help": "Adapters are scaled by lora_alpha / sqrt(rank) * 16 / rank."})
+    lora_alpha: int = field(
+        default=8, metadata={"help": "Adapters are scaled by lora_alpha / sqrt(rank) * 16 / rank."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where calibration is kept for later searches."})
     materialize: bool | None = field(
         default=None, metadata={"help": "Keep dense weights of every bit-width in memory; by default where they fit."}

@@ -9,7 +9,8 @@ What does is to make A's rows longer as well:
     scaling = lora_alpha / sqrt(rank) * 16 / rank,    A and B start sqrt(rank / 16) times as long as under rsLoRA
 
 To Adam that is rsLoRA with the learning rate times ``sqrt(16 / rank)``, at every rank: the products start the same and
-move the same (but for Adam's epsilon and for weight decay, which goes by the learning rate). At rank 16 nothing changes.
+move the same, but for Adam's epsilon, and for weight decay, which goes by the learning rate.
+Nothing changes at rank 16.
 """
 
 from __future__ import annotations
