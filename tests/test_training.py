@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
+from peft.tuners.lora import LoraLayer
 from trl import SFTConfig
 
 from peft_autoqra import AutoQRAConfig, BaseModelInfo, BitRankPlan, LayerPlan, uniform_plan
@@ -117,6 +118,12 @@ def test_uniform_native_plans_are_calibrated_unless_told_otherwise(make_finetune
     assert make_finetune(bits=3, r=4).plan.initialization == "compensate"
     assert make_finetune(bits=3, r=4, num_calibration_sequences=0).plan.initialization == "zero"
     assert make_finetune(quant_backend="bitsandbytes").plan.initialization == "zero"
+
+
+def test_adapters_of_uniform_plans_are_scaled_by_rank(make_finetune):
+    layers = [m for m in make_finetune(bits=3, r=4).trainer.model.modules() if isinstance(m, LoraLayer)]
+    assert layers
+    assert {layer.scaling["default"] for layer in layers} == {8 * 16 / 4 / 2}
 
 
 def test_plan_from_a_folder_decides(make_finetune, tiny_llama, tmp_path):

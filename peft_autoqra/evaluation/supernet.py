@@ -94,7 +94,7 @@ class Supernet:
         return SharedAdapter({name: layer.factors() for name, layer in layers.items()}, self._lora_alpha)
 
     def _largest(self) -> AutoQRAConfig:
-        """An adapter of the largest rank, or of a module's own limit, in every module; rows of A as PEFT starts them."""
+        """One of the largest rank, or of a module's own limit, in every module; rows of A as PEFT starts them."""
         ranks = {}
         for name in self._plans[0]:
             layer = self._resident.model.get_submodule(name)

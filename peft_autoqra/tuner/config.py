@@ -72,6 +72,7 @@ class AutoQRAConfig(LoraConfig):
 
     if TYPE_CHECKING:
         target_modules: Any
+        alpha_pattern: Any
 
     # PEFT reads the metadata of these three fields, so a new default must keep it.
     init_lora_weights: Any = field(default=None, metadata=_lora_metadata("init_lora_weights"))
@@ -106,7 +107,7 @@ class AutoQRAConfig(LoraConfig):
         if self.lora_alpha is None:
             self.lora_alpha = LoraConfig.lora_alpha
         if is_new_plan and self.use_rslora and not self.alpha_pattern:
-            self.alpha_pattern = self._alphas_by_rank()
+            self.alpha_pattern = self._alphas_by_rank(self.lora_alpha)
             self._check_alphas()
         super().__post_init__()
 
@@ -145,15 +146,15 @@ class AutoQRAConfig(LoraConfig):
             module_name: as the plan names it; False for others.
         """
         alpha = self.alpha_pattern.get(exact_pattern(module_name))
-        if alpha is None or not self.use_rslora or self.plan is None or module_name not in self.plan:
+        if alpha is None or self.lora_alpha is None or not self.use_rslora:
             return False
-        rank = self.plan[module_name].rank
+        rank = self.plan[module_name].rank if self.plan is not None and module_name in self.plan else 0
         return rank > 0 and bool(alpha == alpha_of_rank(self.lora_alpha, rank))
 
-    def _alphas_by_rank(self) -> dict[str, float]:
+    def _alphas_by_rank(self, lora_alpha: float) -> dict[str, float]:
         """The alpha of every module of the plan whose rank is not the reference's."""
         ranks = {name: layer.rank for name, layer in self.plan.items() if layer.rank not in (0, REFERENCE_RANK)}
-        return {exact_pattern(name): alpha_of_rank(self.lora_alpha, rank) for name, rank in ranks.items()}
+        return {exact_pattern(name): alpha_of_rank(lora_alpha, rank) for name, rank in ranks.items()}
 
     def _check_nothing_contradicts(self, plan: BitRankPlan) -> None:
         """Defaults cannot be told from values that were not given, so they pass."""

@@ -156,8 +156,9 @@ def start_adapter(layer: LoraLayer, adapter_name: str, config: AutoQRAConfig, mo
         config: with the calibration and, for anything to change, the plan.
         module_name: as the plan names it.
     """
-    compensates = config.init_lora_weights == COMPENSATE and config.calibration is not None
-    correction = config.calibration.corrections.get(module_name) if compensates else None
+    correction = None
+    if config.init_lora_weights == COMPENSATE and config.calibration is not None:
+        correction = config.calibration.corrections.get(module_name)
     scales_by_rank = config.scales_by_rank(module_name)
     if correction is None and not scales_by_rank:  # an embedding, say, which has no lora_A
         return

@@ -111,7 +111,7 @@ def _refusing(original: Any) -> Any:
 
 
 def _whatever_alphas(original: Any) -> Any:
-    """Adapters of other ranks have another ``alpha_pattern``, which is swapped with them; see :func:`_with_scalings`."""
+    """Adapters of other ranks have another ``alpha_pattern``, and :func:`_with_scalings` swaps that with them."""
 
     @wraps(original)
     def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:

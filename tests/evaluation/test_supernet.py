@@ -67,7 +67,7 @@ def make_world(tiny_llama, bank, tmp_path):
     def make(shared_plans=None, **changes) -> World:
         settings = {
             "output_dir": str(tmp_path),
-            "learning_rate": 1e-2,
+            "learning_rate": 3e-3,
             "lr_scheduler_type": "constant",
             "per_device_train_batch_size": 4,
             "max_length": 16,

@@ -34,9 +34,9 @@ class Exported:
 def all_exports(tmp_path_factory, tiny_llama: TinyLlamaFactory) -> dict[str, Exported]:
     folder = tmp_path_factory.mktemp("exports")
     adapters = {
-        "llama-tied": train(tiny_llama(), folder / "llama-tied", lora_alpha=5),
-        "llama": train(tiny_llama(tie_word_embeddings=False), folder / "llama", lora_alpha=5),
-        "qwen2": train(tiny_qwen2(), folder / "qwen2", lora_alpha=5),
+        "llama-tied": train(tiny_llama(), folder / "llama-tied", lora_alpha=1),
+        "llama": train(tiny_llama(tie_word_embeddings=False), folder / "llama", lora_alpha=1),
+        "qwen2": train(tiny_qwen2(), folder / "qwen2", lora_alpha=1),
         "bfloat16": train(tiny_llama(), folder / "bfloat16", torch.bfloat16),
         "bitsandbytes": train(
             tiny_llama(),

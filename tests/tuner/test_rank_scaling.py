@@ -159,6 +159,13 @@ def test_without_a_plan_scaling_is_that_of_rslora_also_for_copies() -> None:
     assert start_of(replace(config)) == (8 / 2, pytest.approx(plain_rows(4)))
 
 
+def test_an_embedding_beside_quantized_layers_can_have_an_adapter(tiny_llama: TinyLlamaFactory) -> None:
+    base = tiny_llama(tie_word_embeddings=False)
+    config = AutoQRAConfig(r=4, target_modules=["embed_tokens", "q_proj"], bits_pattern={"embed_tokens": 16})
+    model = get_peft_model(base, config)
+    assert model.get_base_model().get_submodule("model.embed_tokens").scaling == {"default": 8 / 2}
+
+
 def start_of(config: AutoQRAConfig) -> tuple[float, float]:
     """Scaling, and how long the rows of A are together."""
     torch.manual_seed(7)
