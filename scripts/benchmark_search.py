@@ -41,7 +41,7 @@ from benchmarks.search.curves import (  # noqa: E402
     select,
 )
 from benchmarks.search.landscapes import LANDSCAPES  # noqa: E402
-from benchmarks.search.methods.registry import METHODS  # noqa: E402
+from benchmarks.search.methods.registry import ABLATIONS, METHODS  # noqa: E402
 from benchmarks.search.replay import load_replays  # noqa: E402
 
 PACKAGES = ("peft-autoqra", "numpy", "scipy", "torch", "botorch", "deap", "optuna")
@@ -80,7 +80,7 @@ def parse_options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--landscapes", nargs="+", help="default: all synthetic ones, and the recorded budgets")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATIONS], default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--budget", type=float, default=30.0, help="cost of a run, evaluations at the highest level")
     parser.add_argument("--jobs", type=int, default=2, help="processes")

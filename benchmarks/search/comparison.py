@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.search.environment import Environment
 from benchmarks.search.landscapes import LANDSCAPES
-from benchmarks.search.methods.registry import METHODS
+from benchmarks.search.methods.registry import ABLATIONS, METHODS
 from benchmarks.search.replay import ReplayEnvironment, load_replays
 
 
@@ -63,7 +63,7 @@ def run_job(job: Job, trials_dir: Path) -> RegretCurve:
     torch.set_num_threads(1)
     environment = make_environment(job.landscape, job.seed, trials_dir)
     start = time.perf_counter()
-    run = METHODS[job.method](environment, job.budget, job.seed)
+    run = {**METHODS, **ABLATIONS}[job.method](environment, job.budget, job.seed)
     seconds = time.perf_counter() - start
     steps = tuple((round(cost, 4), round(regret, 6)) for cost, regret in run.regrets())
     return RegretCurve(job, steps, round(seconds, 2))

@@ -31,6 +31,7 @@ NUM_MUTANTS = 24
 NUM_STARTS = 2
 NUM_DRAWS = 1  # exact allocations of scores drawn from the posterior, beside that of their mean
 REFIT_GROWTH = 1.2  # hyperparameters are fitted again when there are so many times the observations
+MAX_FITTED = 64  # observations that hyperparameters are fitted to; predictions take all
 
 
 class Observation(NamedTuple):
@@ -285,25 +286,28 @@ class TrustRegionStage:
 
     def _fit_model(self) -> ProxyGP:
         usable = self._usable()
-        num_levels = 1 + max(known.level for known in self._observations.values())
-        errors = [math.nan if known.standard_error is None else known.standard_error for known in usable]
-        data = LossData(
-            positions=np.asarray([known.candidate for known in usable], dtype=np.int64),
-            losses=np.asarray([_loss(known) for known in usable]),
-            standard_errors=np.asarray(errors),
-            levels=np.asarray([num_levels - 1 - known.level for known in usable]),
-            num_levels=num_levels,
-        )
-        refit = self._hyperparameters is None or len(usable) >= REFIT_GROWTH * self._num_fitted
-        model = ProxyGP(self._embedding, self._features, data, None if refit else self._hyperparameters)
-        if refit:
-            self._hyperparameters, self._num_fitted = model.hyperparameters, len(usable)
+        if self._hyperparameters is None or len(usable) >= REFIT_GROWTH * self._num_fitted:
+            least = sorted(usable, key=lambda known: known.level)[:MAX_FITTED]  # those of the stage's fidelity first
+            self._hyperparameters, self._num_fitted = self._model(least, None).hyperparameters, len(usable)
+        model = self._model(usable, self._hyperparameters)
         known = [seen.candidate for seen in self._feasible()]
         means = model.posterior(np.asarray(known, dtype=np.int64))[0].tolist()
         self.expected_losses = dict(zip(known, means, strict=True))
         if self._pending:
             model.believe(np.asarray(self._pending, dtype=np.int64))
         return model
+
+    def _model(self, observations: Sequence[Observation], hyperparameters: Hyperparameters | None) -> ProxyGP:
+        num_levels = 1 + max(known.level for known in self._observations.values())
+        errors = [math.nan if known.standard_error is None else known.standard_error for known in observations]
+        data = LossData(
+            positions=np.asarray([known.candidate for known in observations], dtype=np.int64),
+            losses=np.asarray([_loss(known) for known in observations]),
+            standard_errors=np.asarray(errors),
+            levels=np.asarray([num_levels - 1 - known.level for known in observations]),
+            num_levels=num_levels,
+        )
+        return ProxyGP(self._embedding, self._features, data, hyperparameters)
 
     def _maximize(self, model: ProxyGP, region: Region) -> tuple[npt.NDArray[np.int64], float]:
         """The best candidate of the region and its log expected improvement, log nats."""

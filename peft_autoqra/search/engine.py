@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peft_autoqra.importance.warm_starts import (
@@ -257,7 +257,9 @@ class SearchEngine:
         top = self.ledger.top
         baselines = [arm for arm in (self.allocation, self.uniform, *self._external) if arm is not None]
         arms = self.ledger.arms(top)
-        expected = self._local.stage.expected_losses if self._local.stage is not None else {}
+        expected: Mapping[Arm, float] = {}
+        if self._local.stage is not None:
+            expected = {**self._local.stage.expected_losses}
         losses = {arm: expected.get(arm, self.ledger.loss(arm, top)) for arm in arms if arm not in baselines}
         searched = sorted(losses, key=losses.__getitem__)
         return [*searched[: self.spending.num_finalists], *(arm for arm in dict.fromkeys(baselines) if arm in arms)]

@@ -30,7 +30,7 @@ def write_table(folder, num_plans=12):
     while len(pool) < num_plans:
         pool.setdefault(random_candidate(problem, priors, rng))
     for index, candidate in enumerate(pool):
-        offsets = np.resize([0.2, -0.1], 64)
+        offsets = np.resize([0.2, -0.1], 48)
         losses = {str(step): landscape.true_loss(candidate) + 1 / (step + 1) + offsets for step in (0, 4, 12)}
         row = {
             "budget": "3bit",
