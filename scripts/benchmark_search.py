@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,18 +47,51 @@ from benchmarks.search.replay import load_replays  # noqa: E402
 PACKAGES = ("peft-autoqra", "numpy", "scipy", "torch", "botorch", "deap", "optuna")
 
 
+@dataclass(frozen=True)
+class Part:
+    """One comparison.
+
+    Attributes:
+        landscapes: what is searched; None for the recorded budgets.
+        methods: what is compared.
+        budget: cost of a run, in evaluations at the highest level.
+        folder: of the results.
+    """
+
+    landscapes: tuple[str, ...] | None
+    methods: tuple[str, ...]
+    budget: float
+    folder: str
+
+
+PARTS = {
+    "synthetic": Part(tuple(LANDSCAPES), tuple(METHODS), 30.0, "search"),
+    "ablations": Part(("interactions", "multi-fidelity"), ("autoqra", *ABLATIONS), 30.0, "search-ablations"),
+    "recorded": Part(None, tuple(METHODS), 5.0, "search-recorded"),
+}
+
+
 def main() -> None:
     """Run what is not recorded, print, write JSON and a picture."""
     options = parse_options()
     mpl.use("Agg")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    for name in options.parts:
+        print(f"\n# {name}")
+        compare(PARTS[name], options)
+
+
+def compare(part: Part, options: argparse.Namespace) -> None:
+    """One part: runs, tables, files."""
+    landscapes = options.landscapes or part.landscapes or tuple(load_replays(options.trials_dir))
+    budget = options.budget or (8.0 if options.quick else part.budget)
     wanted = [
-        Job(landscape, method, seed, options.budget)
-        for seed in range(options.seeds)
-        for landscape in options.landscapes
-        for method in options.methods
+        Job(landscape, method, seed, budget)
+        for seed in range(2 if options.quick else options.seeds)
+        for landscape in landscapes
+        for method in options.methods or part.methods
     ]
-    folder = options.output_dir / "search"
+    folder = options.output_dir / part.folder
     record = folder / "runs.jsonl"
     known = {} if options.quick else read_curves(record)
     missing = [job for job in wanted if options.fresh or job not in known]
@@ -79,10 +112,11 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--landscapes", nargs="+", help="default: all synthetic ones, and the recorded budgets")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATIONS], default=list(METHODS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--landscapes", nargs="+", help="in place of the part's")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATIONS], help="in place of the part's")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
-    parser.add_argument("--budget", type=float, default=30.0, help="cost of a run, evaluations at the highest level")
+    parser.add_argument("--budget", type=float, help="cost of a run, evaluations at the highest level")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--ours", default="autoqra", help="the method that the others are compared with")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
@@ -90,12 +124,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="run again what is recorded")
     parser.add_argument("--quick", action="store_true", help="two seeds, a cost of 8, nothing written")
     options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.budget = 2, 8.0
     recorded = list(load_replays(options.trials_dir)) if options.trials_dir.exists() else []
     available = [*LANDSCAPES, *recorded]
-    options.landscapes = options.landscapes or available
-    if unknown := set(options.landscapes) - set(available):
+    if unknown := set(options.landscapes or ()) - set(available):
         parser.error(f"--landscapes: {', '.join(sorted(unknown))} not among {', '.join(available)}")
     return options
 
@@ -135,7 +166,7 @@ def write_summary(path: Path, curves: list[RegretCurve], options: argparse.Names
         "device": platform.machine(),
         "versions": {name: version(name) for name in PACKAGES},
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "settings": {"seeds": options.seeds, "budget": options.budget, "ours": options.ours},
+        "settings": {"seeds": options.seeds, "budget": curves[0].job.budget, "ours": options.ours},
         "results": rows,
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
