@@ -16,6 +16,7 @@ from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.search_space import SearchSpace
 from peft_autoqra.streaming.hf_quantizer import register as register_with_transformers
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
+from peft_autoqra.trial import Fidelity, Trial, TrialResult, TrialStatus
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.model import QuantLoRAModel
 from peft_autoqra.tuner.registration import register
@@ -33,6 +34,7 @@ __all__ = [
     "AutoQRASearcher",
     "BaseModelInfo",
     "BitRankPlan",
+    "Fidelity",
     "LayerPlan",
     "MemoryEstimate",
     "MemoryModel",
@@ -40,6 +42,9 @@ __all__ = [
     "QuantizerSettings",
     "SearchResult",
     "SearchSpace",
+    "Trial",
+    "TrialResult",
+    "TrialStatus",
     "calibrate_plan",
     "complete_model_card",
     "uniform_plan",

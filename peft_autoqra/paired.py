@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """Difference of two plans' held-out losses, nats per token; below 0 favours the first.
+    """Difference of two plans' held-out losses, nats per token, sequences counting alike; below 0 favours the first.
 
     Attributes:
         mean: over sequences and seeds.
@@ -30,16 +30,25 @@ class PairedDifference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% confidence interval of the mean, by Student's t; unbounded where the standard error is unknown."""
+        """95% confidence interval of the mean."""
+        return self.bounds(1)
+
+    def bounds(self, num_compared: int) -> tuple[float, float]:
+        """95% confidence interval of the mean by Student's t; unbounded where the standard error is unknown.
+
+        Args:
+            num_compared: plans that the first was chosen from for its loss in this comparison. The best of many looks
+                better than it is; the interval is widened by Bonferroni's correction.
+        """
         if math.isnan(self.standard_error):
             return -math.inf, math.inf
-        half = self.standard_error and float(student_t.ppf((1 + CONFIDENCE) / 2, self.degrees_of_freedom))
+        tail = (1 - CONFIDENCE) / 2 / max(num_compared, 1)
+        half = self.standard_error and float(student_t.ppf(1 - tail, self.degrees_of_freedom))
         return self.mean - half * self.standard_error, self.mean + half * self.standard_error
 
-    @property
-    def is_better(self) -> bool:
+    def is_better(self, num_compared: int = 1) -> bool:
         """Whether the first is better beyond the interval."""
-        return self.interval[1] < 0
+        return self.bounds(num_compared)[1] < 0
 
 
 def paired_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> PairedDifference:

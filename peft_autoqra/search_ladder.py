@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from peft_autoqra.errors import SearchBudgetError
 from peft_autoqra.search.ledger import Request
@@ -43,6 +44,14 @@ class Ladder:
     def final(self) -> Fidelity:
         """The fidelity that decides."""
         return self.fidelities[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "calibration_cost": self.calibration_cost,
+            "fidelities": [asdict(fidelity) for fidelity in self.fidelities],
+            "stages": asdict(self.spending),
+        }
 
     def fidelity(self, request: Request) -> Fidelity:
         """How a request is evaluated."""

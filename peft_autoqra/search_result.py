@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,9 @@ class SearchResult:
         max_cost: limit of that.
         seconds: summed time of the trials and of calibration.
         surrogate_checks: how well a surrogate would have promoted candidates, every time it was asked.
+        best_searched: the searched plan with the least loss, winner or not; None where none was tried.
+        num_searched: searched plans at the last fidelity, from which it was chosen.
+        spending: JSON-ready fidelities, their costs, and what each stage was given.
     """
 
     plan: BitRankPlan
@@ -93,31 +96,35 @@ class SearchResult:
     max_cost: float
     seconds: float
     surrogate_checks: Sequence[SurrogateCheck] = ()
+    best_searched: ComparedPlan | None = None
+    num_searched: int = 1
+    spending: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def best_baseline(self) -> str | None:
-        """Name of the baseline with the least loss, of those that are not the winner itself; None without any."""
-        others = {
-            name: compared.loss
-            for name, compared in self.baselines.items()
-            if compared.loss is not None and compared.first.plan != self.winner.first.plan
-        }
-        return min(others, key=others.__getitem__, default=None)
+        """Name of the baseline with the least loss of those with the most seeds; None where all failed."""
+        usable = {name: compared for name, compared in self.baselines.items() if compared.loss is not None}
+        return min(usable, key=lambda name: (-len(usable[name].trials), usable[name].loss), default=None)
+
+    @property
+    def margin(self) -> PairedDifference | None:
+        """The best searched plan minus the best baseline; None where one of them is missing."""
+        if self.best_searched is None or self.best_baseline is None:
+            return None
+        return self.best_searched.minus(self.baselines[self.best_baseline])
 
     @property
     def verdict(self) -> str:
-        """One sentence on what the search is worth over the best baseline, and whether seeds change it."""
-        name = self.best_baseline
-        margin = self.winner.minus(self.baselines[name]) if name is not None else None
+        """What the search is worth over the best baseline, and whether seeds change it."""
+        name, margin = self.best_baseline, self.margin
         if margin is None:
-            return "There is no other plan to compare with."
-        low, high = margin.interval
-        figures = (
-            f"{margin.mean:+.4f} nats per token, 95% interval {low:+.4f} to {high:+.4f}, {margin.num_seeds} seeds"
-        )
-        if not margin.is_better:
-            return f"No margin over the best baseline, {name} ({figures}): the simpler plan was taken."
-        return f"Better than the best baseline, {name} ({figures}). {self._stability(margin)}"
+            return "There was no searched plan to compare with the baselines at the last fidelity."
+        low, high = margin.bounds(self.num_searched)
+        interval = f"95% interval {low:+.4f} to {high:+.4f}, best of {self.num_searched} searched plans"
+        figures = f"{margin.mean:+.4f} nats per token, {interval}, {margin.num_seeds} seeds"
+        if not margin.is_better(self.num_searched):
+            return f"No margin of the search over the best baseline, {name} ({figures}): the baseline is the answer."
+        return f"The search beats the best baseline, {name} ({figures}). {self._stability(margin)}"
 
     def _stability(self, margin: PairedDifference) -> str:
         spread = self.winner.spread
@@ -138,7 +145,10 @@ class SearchResult:
         return {
             "winner": compared_summary(self.winner),
             "baselines": {name: self._baseline_summary(compared) for name, compared in self.baselines.items()},
+            "best_searched": compared_summary(self.best_searched) if self.best_searched else None,
+            "num_searched": self.num_searched,
             "verdict": self.verdict,
+            "spending": self.spending,
             "pareto_front": [trial.number for trial in self.pareto_front],
             "budget_bytes": self.budget.limit_bytes,
             "budget_scope": self.budget.scope,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from peft_autoqra.errors import SearchStateError
@@ -11,7 +12,7 @@ from peft_autoqra.search.ledger import Arm, Outcome, Request
 from peft_autoqra.search_ladder import Ladder
 from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_setup import SearchSetup
-from peft_autoqra.trial import Trial, TrialResult
+from peft_autoqra.trial import Trial, TrialResult, TrialStatus
 from peft_autoqra.trial_log import Asked, Finished, TrialLog
 
 QLORA = "qlora-4bit"
@@ -74,13 +75,17 @@ class SearchSession:
 
         Raises:
             SearchStateError: the trial was not asked for, or was told already.
+            ValueError: a completed trial without a finite loss, or a failed one with a loss.
         """
         request = self._request(trial)
+        is_usable = result.loss is not None and math.isfinite(result.loss)
+        if is_usable != (result.status is TrialStatus.COMPLETED):
+            raise ValueError(f"A trial that is {result.status.value} cannot have loss={result.loss}.")
         told = self._trial(trial.number, result)
         self.log.add(told)
         if trial.number in self._waiting:  # evaluated by what outlived the stopped search
             self._waiting.remove(trial.number)
-        self.engine.tell(request, Outcome(result.loss, result.sequence_losses))
+        self.engine.tell(request, _outcome(result))
         return told
 
     def finish(self) -> None:
@@ -97,8 +102,12 @@ class SearchSession:
         decision = self.engine.decision()
         if decision is None:
             errors = {trial.result.error for trial in self.log.trials if trial.result and trial.result.error}
+            if not errors:
+                raise SearchStateError(
+                    f"No trial of {self.ladder.final.num_steps} steps was run yet; give the search more max_seconds."
+                )
             raise SearchStateError(
-                f"No trial of {self.ladder.final.num_steps} steps succeeded: {errors or 'none was run'}. Mend the "
+                f"No trial of {self.ladder.final.num_steps} steps succeeded: {errors}. Mend the "
                 f"cause, then use another output_dir or delete {self.log.path}, which remembers the failures; "
                 "calibration is kept."
             )
@@ -131,6 +140,18 @@ class SearchSession:
     @property
     def _logged(self) -> dict[int, Trial]:
         return {trial.number: self._trial(trial.number, trial.result) for trial in self.log.trials}
+
+    def best_searched(self) -> Arm | None:
+        """The searched plan with the least loss among those with the most seeds; None where none was tried."""
+        engine, top = self.engine, self.engine.ledger.top
+        baselines = set(self.baselines().values())
+        arms = [arm for arm in engine.ledger.arms(top) if arm not in baselines]
+        if not arms:
+            return None
+        return min(arms, key=lambda arm: (-engine.ledger.num_seeds(arm, top, self.variant(arm)), self._loss(arm)))
+
+    def _loss(self, arm: Arm) -> float:
+        return self.engine.ledger.loss(arm, self.engine.ledger.top, self.variant(arm))
 
     def baselines(self) -> dict[str, Arm]:
         """Plans that need no search, by name."""
@@ -165,7 +186,13 @@ class SearchSession:
 
     def _request(self, trial: Trial) -> Request:
         request = self._requests[trial.number] if 0 <= trial.number < len(self._requests) else None
-        if request not in self.engine.pending or trial.plan.digest != self.plan(request.arm).digest:
+        is_same = (
+            request is not None
+            and request in self.engine.pending
+            and trial.plan.digest == self.plan(request.arm).digest
+            and trial.fidelity == self.ladder.fidelity(request)
+        )
+        if request is None or not is_same:
             raise SearchStateError(
                 f"Trial {trial.number} ({trial.origin}) is not under way: it was told already, or another search "
                 "asked for it."
@@ -180,9 +207,16 @@ class SearchSession:
                 f"Trial {event.number} of {self.log.path} is not one that this search would ask for; it was written "
                 "by another version. Use another output_dir."
             ) from error
-        result = event.result
         self._waiting.remove(event.number)
-        self.engine.tell(request, Outcome(result.loss, result.sequence_losses) if result else Outcome(None))
+        self.engine.tell(request, _outcome(event.result) if event.result else Outcome(None))
+
+
+def _outcome(result: TrialResult) -> Outcome:
+    """With the loss that margins are of: sequences count alike, where they are known."""
+    losses = result.sequence_losses
+    if result.loss is None or not losses:
+        return Outcome(result.loss, losses)
+    return Outcome(sum(losses) / len(losses), losses)
 
 
 def external_plans(setup: SearchSetup) -> Mapping[str, BitRankPlan]:

@@ -21,6 +21,7 @@ from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.search.ledger import Arm
 from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.search_ladder import Ladder
 from peft_autoqra.search_lock import search_lock
@@ -116,11 +117,8 @@ class AutoQRASearcher:
             CalibrationError: a module that the data never reaches, or values that are not finite.
         """
         with self.opened():
-            evaluator = self.setup.evaluator(self._open.bank)
-            try:
+            with self.evaluator() as evaluator:
                 self._evaluate_all(evaluator)
-            finally:
-                self.setup.resident.restore()
             return self.result()
 
     @contextmanager
@@ -151,11 +149,14 @@ class AutoQRASearcher:
 
         Those come first that a stopped search left open. There may be fewer than asked for while results of others
         are needed to go on, and there are none when the search is over. ``Trial.to_dict()`` is JSON-ready;
-        ``searcher.setup.evaluator(bank)`` evaluates one in this process.
+        :meth:`evaluator` evaluates one in this process.
 
         Raises:
             SearchStateError: the searcher is not opened.
+            ValueError: ``num`` is below 1.
         """
+        if num < 1:
+            raise ValueError(f"num={num} must be at least 1.")
         return self._open.session.ask(num)
 
     def tell(self, trial: Trial, result: TrialResult) -> None:
@@ -191,9 +192,38 @@ class AutoQRASearcher:
             max_cost=self.config.max_cost,
             seconds=opened.calibration_seconds + sum(_seconds(trial) for trial in session.log.trials),
             surrogate_checks=tuple(session.engine.surrogate_checks),
+            best_searched=self._compared(session.best_searched()),
+            num_searched=session.engine.num_searched,
+            spending=session.ladder.to_dict(),
         )
         result.save(self.output_dir)
         return result
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing is left to ask for and every trial was told; :meth:`ask` may give nothing before, to wait.
+
+        Raises:
+            SearchStateError: the searcher is not opened.
+        """
+        return self._open.session.is_done
+
+    @contextmanager
+    def evaluator(self) -> Iterator[Evaluator]:
+        """What evaluates trials in this process, inside of ``with searcher.opened():``; the model is restored after.
+
+        Raises:
+            SearchStateError: the searcher is not opened.
+        """
+        evaluator = self.setup.evaluator(self._open.bank)
+        try:
+            yield evaluator
+        finally:
+            self.setup.resident.restore()
+
+    def _compared(self, arm: Arm | None) -> ComparedPlan | None:
+        session = self._open.session
+        return None if arm is None else ComparedPlan(trials=tuple(session.trials_of(arm, session.variant(arm))))
 
     def estimate(self) -> SearchEstimate:
         """What the search will take, from memory arithmetic and one timed forward and backward pass; trains nothing.

@@ -67,7 +67,8 @@ class Part:
 PARTS = {
     "synthetic": Part(tuple(LANDSCAPES), tuple(METHODS), 30.0, "search"),
     "ablations": Part(("interactions", "multi-fidelity"), ("autoqra", *ABLATIONS), 30.0, "search-ablations"),
-    "recorded": Part(None, tuple(METHODS), 5.0, "search-recorded"),
+    "recorded": Part(None, tuple(METHODS), 5.0, "search-recorded-5"),
+    "recorded-longer": Part(None, tuple(METHODS), 10.0, "search-recorded-10"),
 }
 
 

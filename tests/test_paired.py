@@ -26,8 +26,8 @@ def test_better_where_the_one_sided_test_says_so(shift):
     first, second = losses(num_sequences=8)
     difference = paired_difference(first + shift, second)
     p_value = stats.ttest_rel(first[0] + shift, second[0], alternative="less").pvalue
-    assert difference.is_better == (p_value < 0.025)
-    assert not paired_difference(second, first + shift).is_better
+    assert difference.is_better() == (p_value < 0.025)
+    assert not paired_difference(second, first + shift).is_better()
 
 
 def test_seeds_and_sequences_by_hand():
@@ -58,7 +58,7 @@ def test_the_interval_covers_the_truth(seed_noise, sequence_noise, num_seeds):
 def test_one_sequence_says_nothing():
     difference = paired_difference([[1.0]], [[2.0]])
     assert difference.interval == (-math.inf, math.inf)
-    assert not difference.is_better
+    assert not difference.is_better()
 
 
 def test_seeds_alone():
@@ -70,8 +70,8 @@ def test_seeds_alone():
 def test_no_noise_is_exact():
     difference = paired_difference([[1.0, 2.0]], [[1.5, 2.5]])
     assert difference.interval == (-0.5, -0.5)
-    assert difference.is_better
-    assert not paired_difference([[1.0, 2.0]], [[1.0, 2.0]]).is_better
+    assert difference.is_better()
+    assert not paired_difference([[1.0, 2.0]], [[1.0, 2.0]]).is_better()
 
 
 @pytest.mark.parametrize(("first", "second"), [([], []), ([[]], [[]]), ([1.0], [2.0])])

@@ -18,7 +18,7 @@ from peft_autoqra.search.ledger import Arm, Ledger, Outcome, Request
 from peft_autoqra.search.phases import BatchPhase, Phase, TrustRegionPhase
 from peft_autoqra.search.pool import CandidatePool
 from peft_autoqra.search.spending import Spending
-from peft_autoqra.search.surrogate import PromotionSurrogate, SurrogateCheck
+from peft_autoqra.search.surrogate import MIN_EXPENSIVE_RESULTS, PromotionSurrogate, SurrogateCheck
 from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate
 
@@ -31,7 +31,8 @@ class Decision:
     """What a search would answer now.
 
     Attributes:
-        winner: the best arm; the best that needs no search, where the best is not better beyond the 95% interval.
+        winner: the best arm; the best that needs no search, where the best is not better beyond the 95% interval,
+            which is widened for the number of searched plans that the best one is chosen from.
         variant: its learning rate, counted from 0.
         best: the arm with the least loss.
         num_seeds: training seeds that they were compared with.
@@ -134,17 +135,30 @@ class SearchEngine:
 
     def decision(self) -> Decision | None:
         """The answer as things stand; None while nothing was evaluated at the last fidelity."""
-        arms = self.ledger.arms(self.ledger.top)
-        if not arms:
+        variants = {arm: self._variant(arm) for arm in self.ledger.arms(self.ledger.top)}
+        num_seeds = {
+            arm: self._num_seeds(arm, variant) for arm, variant in variants.items() if self._is_usable(arm, variant)
+        }
+        if not num_seeds:
             return None
-        variants = {arm: self._variant(arm) for arm in arms}
-        num_seeds = {arm: self._num_seeds(arm, variants[arm]) for arm in arms}
-        confirmed = [arm for arm in arms if num_seeds[arm] == max(num_seeds.values())]
-        best = min(confirmed, key=lambda arm: self._loss(arm, variants[arm]))
-        for arm in sorted(confirmed, key=lambda arm: (self._complexity(arm), self._loss(arm, variants[arm]))):
+        # a searched plan has to have something to compare with, so seeds that no baseline has do not count
+        of_baselines = [num for arm, num in num_seeds.items() if not self._complexity(arm)]
+        enough = min(max(num_seeds.values()), max(of_baselines, default=max(num_seeds.values())))
+        losses = {
+            arm: self.ledger.loss(arm, self.ledger.top, variants[arm], enough)
+            for arm, num in num_seeds.items()
+            if num >= enough
+        }
+        best = min(losses, key=losses.__getitem__)
+        for arm in sorted(losses, key=lambda arm: (self._complexity(arm), losses[arm])):
             if not self._is_worse(arm, best, (variants[best], variants[arm])):
-                return Decision(arm, variants[arm], best, num_seeds[arm])
-        return Decision(best, variants[best], best, num_seeds[best])
+                return Decision(arm, variants[arm], best, enough)
+        return Decision(best, variants[best], best, enough)
+
+    @property
+    def num_searched(self) -> int:
+        """Searched candidates at the last fidelity, from which the best one is chosen."""
+        return max(1, sum(self._complexity(arm) for arm in self.ledger.arms(self.ledger.top)))
 
     def _explore(self) -> TrustRegionPhase:
         top = self.ledger.top
@@ -204,9 +218,10 @@ class SearchEngine:
         below = self.ledger.candidates(level - 1)
         if num < 1 or not below:
             return
-        surrogate = self._surrogate(level - 1)
         pool = [(c, self.ledger.loss(c, level - 1)) for c in below if self.problem.is_trainable(c)]
-        yield [Request(c, level, "evolution") for c in surrogate.promote(pool, num)]
+        first = min(num, max(MIN_EXPENSIVE_RESULTS, num // 2))  # teaches the surrogate for the second half
+        for part in (first, num - first):
+            yield [Request(c, level, "evolution") for c in self._surrogate(level - 1).promote(pool, part)]
 
     def _surrogate(self, cheap_level: int) -> PromotionSurrogate:
         """Taught by what is known at a fidelity and at the one above it."""
@@ -248,6 +263,8 @@ class SearchEngine:
         requests = [Request(arm, top, "confirmation", 0, variant) for arm in arms for variant in variants]
         yield requests[: max(0, num)]
         for seed in range(1, num_seeds):
+            if self.ledger.num_affordable(top) < 2:  # half a comparison is none
+                return
             num = self.ledger.num_affordable(top) - 2 * (num_seeds - 1 - seed)
             arms = self._contenders(arms)[: max(2, num)]
             yield [Request(arm, top, "confirmation", seed, self._variant(arm)) for arm in arms]
@@ -259,7 +276,7 @@ class SearchEngine:
         arms = self.ledger.arms(top)
         expected: Mapping[Arm, float] = {}
         if self._local.stage is not None:
-            expected = {**self._local.stage.expected_losses}
+            expected = {arm: loss for arm, loss in self._local.stage.expected_losses.items()}  # noqa: C416
         losses = {arm: expected.get(arm, self.ledger.loss(arm, top)) for arm in arms if arm not in baselines}
         searched = sorted(losses, key=losses.__getitem__)
         return [*searched[: self.spending.num_finalists], *(arm for arm in dict.fromkeys(baselines) if arm in arms)]
@@ -281,7 +298,10 @@ class SearchEngine:
 
     def _is_worse(self, arm: Arm, best: Arm, variants: tuple[int, int]) -> bool:
         margin = self.ledger.difference(best, arm, self.ledger.top, variants)
-        return arm != best and margin is not None and margin.is_better
+        return arm != best and margin is not None and margin.is_better(self.num_searched)
+
+    def _is_usable(self, arm: Arm, variant: int) -> bool:
+        return math.isfinite(self._loss(arm, variant))
 
     def _loss(self, arm: Arm, variant: int) -> float:
         return self.ledger.loss(arm, self.ledger.top, variant)

@@ -121,7 +121,7 @@ class EvolutionStage:
         While some of the last batch have not been told, those are given again.
         """
         if not self._pending and not self.is_done:
-            proposals = self._offspring() if self._archive else self._initial_population()
+            proposals = self._offspring() if self.generation else self._initial_population()
             self._pending = self._take_new(proposals)
             self._is_exhausted = not self._pending
         return list(self._pending)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.utils.sampling import manual_seed
 from gpytorch.mlls import ExactMarginalLogLikelihood
+from linear_operator.utils.warnings import NumericalWarning
 
 OPTIMIZER_OPTIONS = {"maxiter": 60, "ftol": 1e-6}  # nothing is won by the last digits of a lengthscale
 
@@ -30,6 +32,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
+@contextmanager
+def jitter_allowed() -> Iterator[None]:
+    """Near-identical candidates give covariances that need a jitter of 1e-8 or so; nobody has to be warned of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)
+        yield
+
+
 @one_thread()
 def fit_hyperparameters(model: SingleTaskGP, seed: int) -> None:
     """Maximum a posteriori by L-BFGS, in place; the model is left in evaluation mode.
@@ -40,7 +50,7 @@ def fit_hyperparameters(model: SingleTaskGP, seed: int) -> None:
     """
     mll = ExactMarginalLogLikelihood(model.likelihood, model)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    with manual_seed(seed):
+    with manual_seed(seed), jitter_allowed():
         try:
             fit_gpytorch_mll(mll, optimizer_kwargs={"options": OPTIMIZER_OPTIONS})
         except ModelFittingError:

@@ -106,9 +106,16 @@ class Ledger:
         """The outcome of one evaluation; None where there is none yet."""
         return self._outcomes.get(_Key(arm, level, seed, variant))
 
-    def loss(self, arm: Arm, level: int, variant: int = 0) -> float:
-        """Mean loss over the seeds that were run, nats per token; infinite where one failed or none was run."""
-        losses = [self._outcomes[key].loss for key in self._keys(arm, level, variant)]
+    def loss(self, arm: Arm, level: int, variant: int = 0, num_seeds: int | None = None) -> float:
+        """Mean loss over the seeds that were run, nats per token; infinite where one failed or none was run.
+
+        Args:
+            arm: whose.
+            level: fidelity.
+            variant: learning rate.
+            num_seeds: take the first so many seeds only.
+        """
+        losses = [self._outcomes[key].loss for key in self._keys(arm, level, variant)[:num_seeds]]
         usable = [loss for loss in losses if loss is not None and math.isfinite(loss)]
         return sum(usable) / len(usable) if usable and len(usable) == len(losses) else math.inf
 
@@ -136,7 +143,7 @@ class Ledger:
     ) -> PairedDifference | None:
         """Paired difference over the seeds that both were run with; None where none was, or one failed.
 
-        Outcomes without sequences count as exact.
+        Outcomes without sequences, or with other ones, count as exact.
         """
         rows: tuple[list[Sequence[float]], list[Sequence[float]]] = ([], [])
         seeds = {key.seed for key in self._keys(first, level, variants[0])}
@@ -147,9 +154,16 @@ class Ledger:
             )
             if any(outcome.loss is None or not math.isfinite(outcome.loss) for outcome in outcomes):
                 return None
+            counts = {len(outcome.sequence_losses) for outcome in outcomes}
+            is_paired = len(counts) == 1 and counts != {0}
             for row, outcome in zip(rows, outcomes, strict=True):
-                row.append(outcome.sequence_losses or (outcome.loss or 0.0,) * 2)
-        return paired_difference(*rows) if rows[0] else None
+                row.append(outcome.sequence_losses if is_paired else (outcome.loss or 0.0,))
+        if not rows[0]:
+            return None
+        if len({len(row) for row in rows[0]}) > 1 or len(rows[0][0]) == 1:  # of some seeds only the mean is known
+            means = [[sum(row) / len(row) for row in side] for side in rows]
+            return paired_difference(*([(mean, mean) for mean in side] for side in means))
+        return paired_difference(*rows)
 
     def _seed_loss(self, arm: Arm, level: int, variant: int) -> float:
         outcome = self.outcome(arm, level, 0, variant)

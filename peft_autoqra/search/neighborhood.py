@@ -58,9 +58,13 @@ class Region:
         return np.asarray(self.is_near(positions) & self.may_propose(positions))
 
     def may_propose(self, positions: Positions) -> npt.NDArray[np.bool_]:
-        """Which candidates keep the budget and are not taken, near or not, ``[num_candidates]``."""
-        free = np.array([key not in self.taken for key in keys(positions)], dtype=bool)
-        return np.asarray(free & (total_bytes(self.problem, positions) <= self.problem.budget_bytes))
+        """Which candidates keep the budget, have an adapter and are not taken, near or not, ``[num_candidates]``."""
+        allowed = np.array([key not in self.taken for key in keys(positions)], dtype=bool)
+        allowed &= total_bytes(self.problem, positions) <= self.problem.budget_bytes
+        choices = self.problem.space.rank_choices
+        if choices[0] == 0 and choices[-1] > 0:
+            allowed &= (positions[..., 1] > 0).any(axis=1)
+        return np.asarray(allowed)
 
     def is_near(self, positions: Positions) -> npt.NDArray[np.bool_]:
         """Which candidates are at most ``length`` edits from the centre, ``[num_candidates]``."""

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from botorch.models import SingleTaskGP
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from scipy.special import erfcx, ndtr
 
 from peft_autoqra.search.embedding import OrdinalEmbedding
-from peft_autoqra.search.gp_fit import fit_hyperparameters
+from peft_autoqra.search.gp_fit import fit_hyperparameters, jitter_allowed
 from peft_autoqra.search.loss_features import LossFeatures
 from peft_autoqra.search.loss_kernels import BlockLinearKernel, ProxyMean, loss_kernel
 
@@ -170,9 +171,9 @@ class ProxyGP:
         GPyTorch's own posterior of thousands of single candidates copies the training data for each of them.
         """
         self._conditioned = (inputs, targets, noise)
-        with torch.no_grad():
+        with torch.no_grad(), jitter_allowed():
             covariance = self.model.covar_module(inputs).to_dense() + torch.diag(noise)
-            self._cholesky = torch.linalg.cholesky(covariance)
+            self._cholesky = psd_safe_cholesky(covariance)
             residuals = (targets - self.model.mean_module(inputs))[:, None]
             self._residual_weights = torch.cholesky_solve(residuals, self._cholesky)
 

@@ -56,6 +56,10 @@ class Spending:
 
     def num_at(self, level: int) -> int:
         """Evaluations at a fidelity if all its stages use up what they may."""
+        num = self._num_at(level)
+        return num if self.max_trials is None else min(num, self.max_trials)
+
+    def _num_at(self, level: int) -> int:
         top = len(self.level_costs) - 1
         if level == top:
             return int(self.total_cost / self.level_costs[top]) if top == 0 else self._num_top()

@@ -20,7 +20,19 @@ def test_runs_what_is_not_recorded_and_keeps_the_rest(tmp_path):
     write_table(tmp_path / "trials")
 
     def run(*methods):
-        options = ["--parts", "synthetic", "--landscapes", "additive", "real-3bit", "--seeds", "2", "--budget", "3", "--ours", "allocation"]
+        options = [
+            "--parts",
+            "synthetic",
+            "--landscapes",
+            "additive",
+            "real-3bit",
+            "--seeds",
+            "2",
+            "--budget",
+            "3",
+            "--ours",
+            "allocation",
+        ]
         folders = ["--output_dir", tmp_path, "--trials_dir", tmp_path / "trials"]
         command = [sys.executable, SCRIPT, *options, *folders, "--methods", *methods]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout

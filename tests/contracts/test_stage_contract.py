@@ -83,12 +83,12 @@ class StageContract(ABC):
         self.run(self.make(make_problem(10, seed=1)), lambda _: loss)
 
     def test_one_group_one_bit_choice(self):
-        problem = make_problem(1, bit_choices=(4,), rank_choices=(0, 8, 16))
+        problem = make_problem(1, bit_choices=(4,), rank_choices=(4, 8, 16))
         history = self.run(self.make(problem), InteractingTruth(problem))
         assert 1 <= len(history) <= 3
 
     def test_budget_at_the_minimum_leaves_one_candidate(self):
-        problem = make_problem(6, budget_fraction=0.0)
+        problem = make_problem(6, budget_fraction=0.0, rank_choices=(4, 8))
         history = self.run(self.make(problem), InteractingTruth(problem))
         assert [candidate for candidate, _ in history] == [problem.smallest_candidate()]
 
