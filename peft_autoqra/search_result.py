@@ -102,7 +102,13 @@ class SearchResult:
 
     @property
     def best_baseline(self) -> str | None:
-        """Name of the baseline with the least loss of those with the most seeds; None where all failed."""
+        """Name of the baseline with the least loss of those with the most seeds; None where all failed.
+
+        The winner itself where it is a baseline: it was decided by losses in which all sequences count alike.
+        """
+        for name, compared in self.baselines.items():
+            if compared == self.winner:
+                return name
         usable = {name: compared for name, compared in self.baselines.items() if compared.loss is not None}
         return min(usable, key=lambda name: (-len(usable[name].trials), usable[name].loss), default=None)
 

@@ -194,7 +194,7 @@ def test_only_an_opened_searcher_can_be_asked(make_searcher):
     result = TrialResult(status=TrialStatus.FAILED, seconds=0.0, error="none")
     with searcher.opened():
         (trial,) = searcher.ask()
-        with pytest.raises(SearchStateError, match="No trial of 2 steps succeeded"):
+        with pytest.raises(SearchStateError, match="No trial of 2 steps was run yet"):
             searcher.result()
     for call in (searcher.ask, searcher.result, lambda: searcher.tell(trial, result)):
         with pytest.raises(SearchStateError, match=r"with searcher\.opened\(\):"):

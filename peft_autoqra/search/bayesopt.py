@@ -201,8 +201,11 @@ class TrustRegionStage:
             if known.standard_error is not None and known.standard_error < 0:
                 raise ValueError(f"standard_error={known.standard_error} must not be negative.")
             self._observations[known.candidate, known.level] = known
-            if known.level == 0 and self.problem.is_feasible(known.candidate) and not self._pending:
-                self.state = replace(self.state, best_loss=min(self.state.best_loss, _loss(known)))
+            if known.level == 0 and self.problem.is_feasible(known.candidate):
+                if self.expected_losses and math.isfinite(_loss(known)):
+                    self.expected_losses[known.candidate] = _loss(known)  # until the model has seen it
+                if not self._pending:
+                    self.state = replace(self.state, best_loss=min(self.state.best_loss, _loss(known)))
 
     def _usable(self) -> list[Observation]:
         return [known for known in self._observations.values() if math.isfinite(_loss(known))]
