@@ -112,7 +112,7 @@ def checkpointed_training(case: ModelCase, tmp_path: Path) -> None:
 )})  # fmt: skip
 def reentrant_training(case: ModelCase, tmp_path: Path) -> None:
     plain, checkpointed = (losses_with(case, tmp_path, reentrant=reentrant) for reentrant in (None, True))
-    assert checkpointed == plain
+    assert checkpointed == pytest.approx(plain, rel=1e-6)  # gradients may be summed in another order
 
 
 @feature("`Trainer(bf16=True)` and `Trainer(fp16=True)`: autocast")
@@ -160,7 +160,7 @@ def preferences() -> Dataset:
 def dpo(model: nn.Module, folder: Path, **arguments: Any) -> DPOTrainer:
     return DPOTrainer(
         model=model,
-        args=DPOConfig(output_dir=str(folder), **(SETTINGS | {"max_length": 16})),
+        args=DPOConfig(output_dir=str(folder), **(SETTINGS | {"max_length": 16, "learning_rate": 2e-3})),
         train_dataset=preferences(),
         processing_class=word_tokenizer(),
         **arguments,
