@@ -115,13 +115,13 @@ class SearchSession:
 
     def trials_of(self, arm: Arm, variant: int) -> list[Trial]:
         """The trials of an arm at the last fidelity, by seed."""
-        found = {
-            request.seed: self._logged[number]
-            for number, request in enumerate(self._requests)
-            if (request.arm, request.level, request.variant) == (arm, self.engine.ledger.top, variant)
-            and number in self._logged
-        }
-        return [found[seed] for seed in sorted(found)]
+        wanted = (arm, self.engine.ledger.top, variant)
+        found = [
+            (request.seed, trial)
+            for trial in self.log.trials
+            if (request := self._requests[trial.number]) and (request.arm, request.level, request.variant) == wanted
+        ]
+        return [self._trial(trial.number, trial.result) for _, trial in sorted(found, key=lambda pair: pair[0])]
 
     def variant(self, arm: Arm) -> int:
         """The learning rate that an arm did best with."""
@@ -131,15 +131,11 @@ class SearchSession:
     def trials_at(self, level: int) -> list[Trial]:
         """The trials of one fidelity at the first seed and the recipe's learning rate."""
         return [
-            trial
-            for number, trial in self._logged.items()
-            if (self._requests[number].level, self._requests[number].seed, self._requests[number].variant)
-            == (level, 0, 0)
+            self._trial(trial.number, trial.result)
+            for trial in self.log.trials
+            if (request := self._requests[trial.number])
+            and (request.level, request.seed, request.variant) == (level, 0, 0)
         ]
-
-    @property
-    def _logged(self) -> dict[int, Trial]:
-        return {trial.number: self._trial(trial.number, trial.result) for trial in self.log.trials}
 
     def best_searched(self) -> Arm | None:
         """The searched plan with the least loss among those with the most seeds; None where none was tried."""

@@ -31,6 +31,7 @@ from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher
 from peft_autoqra.importance.allocation import allocate
 from peft_autoqra.importance.priors import ImportancePriors, round_priors
 from peft_autoqra.importance.repair import fill, repair
+from peft_autoqra.importance.warm_starts import floored_allocations
 from peft_autoqra.search.operators import coupled_mutation, guided_mutation, swap_mutation
 from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate
@@ -178,9 +179,8 @@ def proposals(problem: SearchProblem, rng: np.random.Generator) -> Iterator[tupl
     """Plans that need no luck, then endlessly others."""
     space, importance = problem.space, ImportancePriors.from_marginal_losses(problem)
     yield "allocation", allocate(problem)
-    for floor in range(len(space.rank_choices)):
-        if (floored := with_rank_floor(problem, floor)) is not None:
-            yield f"allocation-floor-{space.rank_choices[floor]}", floored
+    for rank, floored in zip(space.rank_choices[1:], floored_allocations(problem), strict=False):
+        yield f"allocation-floor-{rank}", floored
     for bits in space.bit_choices:
         for rank in space.rank_choices:
             if problem.is_feasible(uniform := space.uniform(bits, rank)) and rank:
@@ -196,16 +196,6 @@ def proposals(problem: SearchProblem, rng: np.random.Generator) -> Iterator[tupl
             mutant = mutate(problem, importance, mutant, rng)
             mutant = swap_mutation(problem, importance, mutant, rng)
         yield "mutant", fill(problem, mutant, importance, rng)
-
-
-def with_rank_floor(problem: SearchProblem, floor: int) -> Candidate | None:
-    """The exact allocation without ranks below a floor; None where none is within the budget."""
-    sizes = problem.bytes_table.copy()
-    sizes[:, :, :floor] = problem.budget_bytes + 1
-    try:
-        return allocate(replace(problem, bytes_table=sizes))
-    except ValueError:
-        return None
 
 
 def perturbed(problem: SearchProblem, spread: float, rng: np.random.Generator) -> SearchProblem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from peft_autoqra.importance.warm_starts import (
@@ -274,12 +274,13 @@ class SearchEngine:
         top = self.ledger.top
         baselines = [arm for arm in (self.allocation, self.uniform, *self._external) if arm is not None]
         arms = self.ledger.arms(top)
-        expected: Mapping[Arm, float] = {}
-        if self._local.stage is not None:
-            expected = {arm: loss for arm, loss in self._local.stage.expected_losses.items()}  # noqa: C416
-        losses = {arm: expected.get(arm, self.ledger.loss(arm, top)) for arm in arms if arm not in baselines}
-        searched = sorted(losses, key=losses.__getitem__)
+        searched = sorted((arm for arm in arms if arm not in baselines), key=self._expected_loss)
         return [*searched[: self.spending.num_finalists], *(arm for arm in dict.fromkeys(baselines) if arm in arms)]
+
+    def _expected_loss(self, arm: Arm) -> float:
+        """At the last fidelity, without the noise of one run where stage 2 has a model of it."""
+        observed, stage = self.ledger.loss(arm, self.ledger.top), self._local.stage
+        return observed if stage is None or isinstance(arm, str) else stage.expected_losses.get(arm, observed)
 
     def _contenders(self, arms: list[Arm]) -> list[Arm]:
         """Best first; always the best one and the best simpler one, others while they may be as good; none failed."""
