@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -21,10 +20,13 @@ from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.progress_bar import ProgressBar
 from peft_autoqra.search.ledger import Arm
+from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.search_ladder import Ladder
 from peft_autoqra.search_lock import search_lock
+from peft_autoqra.search_loop import SearchLoop
 from peft_autoqra.search_result import ComparedPlan, SearchResult
 from peft_autoqra.search_session import SearchSession
 from peft_autoqra.search_setup import SearchInputs, SearchSetup, load_model, load_tokenizer
@@ -32,7 +34,6 @@ from peft_autoqra.trial import Evaluator, Trial, TrialResult
 from peft_autoqra.trial_log import TrialLog
 
 LOG_FILE = "trials.jsonl"
-EXPLORING_SHARE = 0.7  # of max_seconds; the rest is for confirming what was found
 CALIBRATION_FOLDER = "calibration"
 
 
@@ -56,6 +57,7 @@ class AutoQRASearcher:
         args: the recipe of the real fine-tune.
         search_config: what to search and how much to spend.
         show_progress: show progress bars.
+        callbacks: are told what happens in :meth:`run`.
 
     Raises:
         InvalidPlanError: choices, modules or optimizer that cannot be planned.
@@ -73,6 +75,7 @@ class AutoQRASearcher:
         search_config: AutoQRASearchConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         show_progress: bool = True,
+        callbacks: Sequence[SearchCallback] = (),
     ) -> None:
         """Check settings and prepare data; nothing long runs yet."""
         self.config = search_config or AutoQRASearchConfig()
@@ -87,6 +90,7 @@ class AutoQRASearcher:
             )
         )
         self._show_progress = show_progress
+        self._callbacks = (*([ProgressBar()] if show_progress else []), *callbacks)
         self._opened: _Open | None = None
 
     @property
@@ -117,9 +121,11 @@ class AutoQRASearcher:
             CalibrationError: a module that the data never reaches, or values that are not finite.
         """
         with self.opened():
-            with self.evaluator() as evaluator:
-                self._evaluate_all(evaluator)
-            return self.result()
+            loop = SearchLoop(self._open.session, self._callbacks, calibration_seconds=self._open.calibration_seconds)
+            with loop.announced() as announce:
+                with self.evaluator() as evaluator:
+                    loop.run(evaluator)
+                return announce(self.result())
 
     @contextmanager
     def opened(self) -> Iterator[AutoQRASearcher]:
@@ -251,25 +257,6 @@ class AutoQRASearcher:
         if self._opened is None:
             raise SearchStateError("The searcher is not opened; use `with searcher.opened():` around ask and tell.")
         return self._opened
-
-    def _evaluate_all(self, evaluator: Evaluator) -> None:
-        """Ask, evaluate, tell, until nothing is left or the time is up."""
-        session, limit = self._open.session, self.config.max_seconds
-        spent = self._open.calibration_seconds + sum(_seconds(trial) for trial in session.log.trials)
-        is_finishing = False
-        with tqdm(
-            desc="search", unit="trial", disable=not self._show_progress, initial=len(session.log.trials)
-        ) as bar:
-            while (limit is None or spent < limit) and (trials := session.ask(1)):
-                for trial in trials:
-                    bar.set_postfix_str(f"{trial.origin}, {trial.fidelity.num_steps} steps, cost {session.cost:.2f}")
-                    start = time.perf_counter()
-                    session.tell(trial, evaluator.evaluate(trial.plan, trial.fidelity))
-                    spent += time.perf_counter() - start
-                    bar.update()
-                if limit is not None and spent > EXPLORING_SHARE * limit and not is_finishing:
-                    session.finish()
-                    is_finishing = True
 
     def _described(self, plan: BitRankPlan, winner: ComparedPlan) -> BitRankPlan:
         """The plan with a record of how it was found."""
