@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,28 @@ def build(directory: Path) -> None:
         template_directory=Path(__file__).parent / "api_docs_template",
     )
     pdoc.render.env.filters["to_markdown"] = _to_markdown
-    with warnings.catch_warnings():
+    with _own_methods_first(), warnings.catch_warnings():
         # AutoQRAConfig takes over PEFT's fields, whose annotations are names that PEFT's module knows; pdoc shows
         # them as they are written
         warnings.filterwarnings("ignore", r"Error parsing type annotation .* for peft_autoqra\.AutoQRAConfig\.")
         pdoc.pdoc(*MODULES, output_directory=directory)
+
+
+@contextmanager
+def _own_methods_first() -> Iterator[None]:
+    """Hide what a class such as ``BitRankPlan(Mapping[str, LayerPlan], ...)`` was derived from literally.
+
+    pdoc (16) looks for members there before it looks in the class, and would show those that the class overrides.
+    """
+    public = (getattr(peft_autoqra, name) for name in peft_autoqra.__all__)
+    generic = {obj: obj.__orig_bases__ for obj in public if "__orig_bases__" in vars(obj)}
+    for cls in generic:
+        cls.__orig_bases__ = ()
+    try:
+        yield
+    finally:
+        for cls, bases in generic.items():
+            cls.__orig_bases__ = bases
 
 
 @jinja2.pass_context
