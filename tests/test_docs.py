@@ -30,7 +30,6 @@ REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-RECIPE_COMMANDS = ("search", "train", "calibrate")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -64,13 +63,15 @@ def test_bash_parses(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def known_flags() -> dict[str, str]:
-    """Command to its whole help."""
-    texts = {}
-    for command in cli.COMMANDS:
-        with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
-            cli.main([command, "--help_all" if command in RECIPE_COMMANDS else "--help"])
-        texts[command] = printed.getvalue()
-    return texts
+    """Command to its whole help; not all have --help_all."""
+    return {command: help_of(command, "--help_all") or help_of(command, "--help") for command in cli.COMMANDS}
+
+
+def help_of(command: str, flag: str) -> str:
+    ignored = contextlib.redirect_stderr(io.StringIO())
+    with contextlib.redirect_stdout(io.StringIO()) as printed, ignored, contextlib.suppress(SystemExit):
+        cli.main([command, flag])
+    return printed.getvalue()
 
 
 @every_page
@@ -78,11 +79,11 @@ def test_flags_are_real(page: Path, known_flags: dict[str, str]) -> None:
     joined = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     snippets = re.findall(r"`(autoqra \w+ [^`\n]*)`", prose(page))
     for line in [*joined.splitlines(), *snippets]:
-        command = re.search(r"autoqra (\w+) ", line)
-        name = command.group(1) if command else "train" if "scripts/finetune.py" in line else None
-        if name in known_flags:
-            for flag in re.findall(r" --(\w[\w-]*)", line.partition("finetune.py")[2] or line):
-                assert re.search(rf"--{flag}\b", known_flags[name]), f"{page.name}: autoqra {name} --{flag}"
+        typed = line.replace("scripts/finetune.py", "autoqra train").partition("autoqra ")[2]
+        command, _, flags = typed.partition(" ")
+        if command.isidentifier() and command.islower():
+            for flag in re.findall(r"--(\w[\w-]*)", flags):
+                assert re.search(rf"--{flag}\b", known_flags[command]), f"{page.name}: autoqra {command} --{flag}"
 
 
 @every_page
@@ -256,6 +257,16 @@ def test_every_error_is_explained() -> None:
         assert base.strip("`") in {parent.__name__ for parent in error.__mro__[1:]}, name
         assert causes, name
         assert remedy, name
+
+
+def test_quoted_messages_are_ours() -> None:
+    sources = "".join(path.read_text() for path in (REPOSITORY / "peft_autoqra").rglob("*.py"))
+    sources = re.sub(r'"\s*f?"', "", sources)  # texts that go on in the next line
+    quoted = re.findall(r'^\*\*"(.+?)"', prose(DOCS / "troubleshooting.md"), re.MULTILINE | re.DOTALL)
+    fragments = {part.strip() for text in quoted for part in " ".join(text.split()).split("...") if part.strip()}
+    assert len(fragments) > 5
+    foreign = {"Failed to load CPU gemm_4bit_forward from kernels-community"}  # of bitsandbytes
+    assert {fragment for fragment in fragments - foreign if fragment not in sources} == set()
 
 
 # ----------------------------------------------------------------------------------------------------------- what runs
