@@ -112,10 +112,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), f"{page.name}: {link}"
 
 
-@pytest.mark.parametrize("folder", ["docs", "examples"])
-def test_readme_links_every_guide_and_example(folder: str) -> None:
+@pytest.mark.parametrize("pattern", ["docs/*.md", "examples/*.py", "examples/*.ipynb"])
+def test_readme_links_every_guide_and_example(pattern: str) -> None:
     links = re.findall(r"\]\(([^)#]+)", (REPOSITORY / "README.md").read_text())
-    paths = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / folder).iterdir() if path.is_file()}
+    paths = {path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob(pattern)}
+    assert paths
     assert paths - set(links) == set()
 
 
