@@ -37,6 +37,7 @@ _SETTINGS: Mapping[str, Any] = {
     "legend.frameon": False,
     "legend.labelcolor": colours.SOFT,
     "svg.fonttype": "none",
+    "svg.hashsalt": "autoqra",  # the same page each time
     "text.color": colours.INK,
     "text.parse_math": False,
     "xtick.color": colours.LINE,
@@ -98,11 +99,11 @@ class Drawing:
         file = io.StringIO()
         FigureCanvasSVG(self.figure).print_svg(file, metadata={"Date": None})
         width, height = self.figure.get_size_inches()
-        root = _for_page(ElementTree.fromstring(file.getvalue()), name, self._hints)  # noqa: S314 -- our own
+        root = _for_page(ElementTree.fromstring(file.getvalue()), name, self._hints)
         inner = "".join(ElementTree.tostring(child, encoding="unicode") for child in root)
         size = f"width:{width * _SCREEN_DOTS:.0f}px;min-width:{width * _LEAST_SCREEN_DOTS:.0f}px"
         return (
-            f'<svg id="{name}" role="img" aria-label="{escape(self.title)}" style="{size}" '
+            f'<svg id="figure-{name}" role="img" aria-label="{escape(self.title)}" style="{size}" '
             f'viewBox="0 0 {width * 72:g} {height * 72:g}">{inner}</svg>'
         )
 

@@ -113,7 +113,7 @@ def _mark(drawing: Drawing, axes: Axes, point: PlanPoint, divisor: float) -> Non
     is_known = math.isfinite(low) and low < high
     if point.name and is_known:
         errors = [[point.difference - low], [high - point.difference]]
-        axes.errorbar([x], [point.difference], errors, fmt="none", ecolor=colour, capsize=3, linewidth=1.2, zorder=3)
+        axes.errorbar([x], [point.difference], errors, fmt="none", color=colour, capsize=3, linewidth=1.2, zorder=3)
     (mark,) = axes.plot(
         [x],
         [point.difference],
@@ -121,6 +121,7 @@ def _mark(drawing: Drawing, axes: Axes, point: PlanPoint, divisor: float) -> Non
         markersize=9 if point.name else 5.5,
         markerfacecolor=colour,
         markeredgecolor=colours.PAGE,
+        linestyle="none",
         markeredgewidth=0.8,
         zorder=4 if point.name else 5,
     )
@@ -144,7 +145,7 @@ def _name_points(drawing: Drawing, axes: Axes, points: Sequence[PlanPoint], divi
             level += step
         taken.append((is_right, level))
         axes.annotate(
-            point.name,
+            point.name or "",
             position,
             xytext=(-7 if is_right else 7, level - y * height),
             textcoords="offset points",

@@ -51,7 +51,9 @@ def memory_figure(columns: Mapping[str, MemoryEstimate], budget: tuple[int, str]
             if counts and width > _LABELLED_SHARE * (WIDTH - left - _RIGHT):
                 label = format_bytes(num_bytes)
                 colour = colours.PART_LABELS[part]
-                axes.text(x + width / 2, y + _BAR / 2, label, ha="center", va="center_baseline", size=SMALL, color=colour)
+                axes.text(
+                    x + width / 2, y + _BAR / 2, label, ha="center", va="center_baseline", size=SMALL, color=colour
+                )
             x += width
         total = format_bytes(memory.total_bytes)
         axes.text(WIDTH - 0.08, y + _BAR / 2, total, ha="right", va="center_baseline")
@@ -60,7 +62,9 @@ def memory_figure(columns: Mapping[str, MemoryEstimate], budget: tuple[int, str]
         axes.plot([x, x], [_TOP - 0.06, bottom], color=colours.INK, linewidth=1.2, linestyle=(0, (4, 3)))
         title = f"budget {format_bytes(budget[0])} ({budget[1]})"
         axes.text(x, _TOP - 0.09, title, ha="right", va="baseline", size=SMALL)
-    handles = [Rectangle((0, 0), 1, 1, facecolor=colours.PARTS[part], label=title) for part, title in MEMORY_PARTS.items()]
+    handles = [
+        Rectangle((0, 0), 1, 1, facecolor=colours.PARTS[part], label=title) for part, title in MEMORY_PARTS.items()
+    ]
     drawing.figure.legend(
         handles=handles, loc="upper left", ncols=3, bbox_to_anchor=(0, 1), columnspacing=1.2, borderpad=0.2
     )

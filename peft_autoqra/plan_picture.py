@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_autoqra import colours
@@ -33,40 +31,6 @@ class _Cell(NamedTuple):
     rank: int
 
 
-def write_plan_picture(path: Path, layers: Mapping[str, BitsAndRank]) -> bool:
-    """Write a PNG of a plan; a file that holds it already is left alone.
-
-    A picture that was drawn before is remembered, since trainers save the same plan with every checkpoint.
-
-    Args:
-        path: of the file.
-        layers: module name to bits and rank.
-
-    Returns:
-        Whether there is a picture: a grid of more than 256 layers or 40 module types would not be legible. None can be
-        drawn where matplotlib is broken or the file cannot be written; that is a warning, since saving a model must
-        not fail because of it.
-    """
-    try:
-        png = draw_plan(layers)
-        if png is not None and not (path.is_file() and path.read_bytes() == png):
-            _write_whole(path, png)
-    except (ImportError, OSError) as error:
-        warnings.warn(f"The picture of the plan, {path}, cannot be written: {error}.", stacklevel=2)
-        return False
-    return png is not None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Beside its place, then there: the hub's cache holds links, and what they lead to is shared."""
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def draw_plan(layers: Mapping[str, BitsAndRank]) -> bytes | None:
     """A PNG of a plan; None where it would not be legible.
 
@@ -80,7 +44,7 @@ def draw_plan(layers: Mapping[str, BitsAndRank]) -> bytes | None:
 def _draw(cells: tuple[_Cell, ...]) -> bytes | None:
     with plot_settings():
         drawing = _drawing(cells)
-        return drawing and drawing.to_png(_DOTS_PER_INCH)
+        return None if drawing is None else drawing.to_png(_DOTS_PER_INCH)
 
 
 def plan_drawing(layers: Mapping[str, BitsAndRank]) -> Drawing | None:

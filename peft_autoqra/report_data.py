@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from peft_autoqra.errors import SearchStateError
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_file import PLAN_FILE
+from peft_autoqra.plan_points import BEST_SEARCHED, WINNER, PlanPoint, points_from
 from peft_autoqra.trial_log import TOLD_AT
 
 _TRIALS_FILE, _RESULT_FILE, _RECIPE_FILE, _PLAN_FOLDER = "trials.jsonl", "search_result.json", "recipe.yaml", "plan"
@@ -28,7 +28,6 @@ class TrialRow:
         number: in the order of asking.
         stage: who proposed it, without details.
         origin: who proposed it.
-        layers: digest of the plan's bits and ranks.
         num_steps: training steps before it was scored.
         seed: of the training run.
         learning_rate_factor: the recipe's learning rate was multiplied by it.
@@ -44,7 +43,6 @@ class TrialRow:
     number: int
     stage: str
     origin: str
-    layers: str
     num_steps: int
     seed: int
     learning_rate_factor: float
@@ -63,7 +61,7 @@ class ComparedPlan:
 
     Attributes:
         number: of its first trial.
-        name: ``"winner"`` or the baseline's.
+        name: ``"winner"``, ``"best searched"`` or the baseline's.
         origin: who proposed it.
         loss: held-out loss, nats per token; None when failed.
         num_steps: training steps before it was scored.
@@ -97,7 +95,8 @@ class ReportData:
         plan: the winner.
         compared: the winner and the baselines.
         trials: in the order in which they were done.
-        calibration_cost: in units of one full fine-tune.
+        points: plans at the last fidelity against each other.
+        calibration: its cost in units of one full fine-tune, and its seconds.
         surrogate_checks: how well candidates would have been promoted, each time that was asked.
         budget: bytes and what they limit.
         identity: settings, data and model of the search.
@@ -111,7 +110,8 @@ class ReportData:
     plan: BitRankPlan | None = None
     compared: tuple[ComparedPlan, ...] = ()
     trials: tuple[TrialRow, ...] = ()
-    calibration_cost: float | None = None
+    points: tuple[PlanPoint, ...] = ()
+    calibration: tuple[float, float] | None = None
     surrogate_checks: tuple[Mapping[str, Any], ...] = ()
     budget: tuple[int, str] | None = None
     identity: Mapping[str, Any] | None = None
@@ -144,7 +144,8 @@ def read_report_data(directory: Path) -> ReportData:
         plan=plan,
         compared=_compared(result, plan) if result else (),
         trials=trials,
-        calibration_cost=(result or {}).get("spending", {}).get("calibration_cost"),
+        points=points_from(result or {}),
+        calibration=_calibration(result, trials) if result else None,
         surrogate_checks=tuple((result or {}).get("surrogate_checks", ())),
         budget=(known["budget_bytes"], known["budget_scope"]) if "budget_bytes" in known else None,
         identity=identity,
@@ -225,7 +226,6 @@ def _trial_row(record: Mapping[str, Any], end_seconds: float) -> TrialRow:
         number=record["number"],
         stage=record["origin"].split(":")[0],
         origin=record["origin"],
-        layers=_digest(record["plan"]),
         num_steps=fidelity["num_steps"],
         seed=fidelity["seed"],
         learning_rate_factor=fidelity["learning_rate_factor"],
@@ -239,13 +239,17 @@ def _trial_row(record: Mapping[str, Any], end_seconds: float) -> TrialRow:
     )
 
 
-def _digest(plan: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+def _calibration(result: Mapping[str, Any], trials: Sequence[TrialRow]) -> tuple[float, float]:
+    seconds = result["seconds"] - sum(trial.seconds for trial in trials)
+    return result["cost"] - sum(trial.cost for trial in trials), max(0.0, seconds)
 
 
 def _compared(result: Mapping[str, Any], plan: BitRankPlan | None) -> tuple[ComparedPlan, ...]:
-    winner = _compared_plan("winner", result["winner"], plan.memory if plan else None)
-    return (winner, *(_compared_plan(name, summary, None) for name, summary in result["baselines"].items()))
+    named = {WINNER: result["winner"], **result["baselines"], BEST_SEARCHED: result.get("best_searched")}
+    memories = {WINNER: plan.memory if plan else None}
+    return tuple(
+        _compared_plan(name, summary, memories.get(name)) for name, summary in named.items() if summary is not None
+    )
 
 
 def _compared_plan(name: str, summary: Mapping[str, Any], memory: MemoryEstimate | None) -> ComparedPlan:

@@ -26,7 +26,8 @@ def page(title: str, heading: str, sections: Sequence[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
-        f"<header><h1>{escape(title)}</h1>{heading}<nav aria-label='Contents'><ul>{links}</ul></nav></header>\n<main>\n"
+        f"<header><h1>{escape(title)}</h1>{heading}"
+        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main>\n'
         + "\n".join(sections)
         + "\n</main></body></html>\n"
     )

@@ -14,7 +14,7 @@ from peft_autoqra.front_figure import front_figure
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.memory_figure import memory_figure
 from peft_autoqra.plan_picture import plan_drawing
-from peft_autoqra.report_analysis import distinct_plans, plan_points, stage_shares
+from peft_autoqra.report_analysis import distinct_plans, stage_shares
 from peft_autoqra.report_data import ReportData
 from peft_autoqra.report_html import code_block, details, facts_list, figure, html_table, page, section
 from peft_autoqra.report_tables import Table, text_column
@@ -49,8 +49,8 @@ _STAGES_CAPTION = (
 _COMPARED_NOTE = (
     "Loss in nats per token on the same held-out sequences after {steps} training steps, mean over the seeds; seeds "
     "differ, so compare plans by the difference, which is of the seeds that both had. Winner minus this: mean and 95% "
-    "interval over sequences and seeds; below 0 favours the winner. The winner was chosen on these sequences, so report "
-    "final figures on others."
+    "interval over sequences and seeds; below 0 favours the winner. The winner was chosen on these sequences, so "
+    "report final figures on others."
 )
 
 
@@ -86,7 +86,9 @@ def build_report(data: ReportData, folder: str) -> Report:
             _reproduction(data),
         ]
     names = ", ".join(builder.files)
-    files = section("Files", f"<p>Figures and tables lie in <code>{escape(folder)}/</code> beside this page: {names}.</p>")
+    files = section(
+        "Files", f"<p>Figures and tables lie in <code>{escape(folder)}/</code> beside this page: {names}.</p>"
+    )
     return Report(page(_title(data), _heading(data), [s for s in (*sections, files) if s]), builder.files)
 
 
@@ -99,10 +101,9 @@ class _Builder:
 
     def comparison(self) -> str:
         data = self.data
-        points = plan_points(data.trials, data.compared)
         body = f"<p class='verdict'>{escape(data.verdict)}</p>" if data.verdict else ""
-        if points:
-            body += self._figure("front", front_figure(points, data.budget), _FRONT_CAPTION)
+        if data.points:
+            body += self._figure("front", front_figure(data.points, data.budget), _FRONT_CAPTION)
         if data.compared:
             body += self._table(tables.compared_table(distinct_plans(data.compared), data.budget and data.budget[1]))
             body += f"<p class='note'>{_COMPARED_NOTE.format(steps=data.compared[0].num_steps)}</p>"
@@ -141,7 +142,7 @@ class _Builder:
         data = self.data
         if not data.trials:
             return ""
-        shares = stage_shares(data.trials, data.calibration_cost)
+        shares = stage_shares(data.trials, data.calibration)
         body = self._figure("stages", stage_figure(shares), _STAGES_CAPTION) + self._table(tables.stage_table(shares))
         if data.surrogate_checks:
             body += self._table(tables.surrogate_table(data.surrogate_checks))

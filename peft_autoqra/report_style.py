@@ -7,10 +7,12 @@ from peft_autoqra.colours import INK, LINE, PAGE, SOFT, reference, stylesheet
 _PANEL_LIGHT, _PANEL_DARK = "#f5f7f9", "#1d2228"
 _LINK_LIGHT, _LINK_DARK = "#0b5cad", "#7cb8f7"
 
-STYLE = f"""
+STYLE = (
+    f"""
 {stylesheet()}:root{{--panel:{_PANEL_LIGHT};--link:{_LINK_LIGHT};--page:{reference(PAGE)};--ink:{reference(INK)};
 --soft:{reference(SOFT)};--line:{reference(LINE)}}}
-@media screen and (prefers-color-scheme:dark){{:root{{--panel:{_PANEL_DARK};--link:{_LINK_DARK}}}}}""" + """
+@media screen and (prefers-color-scheme:dark){{:root{{--panel:{_PANEL_DARK};--link:{_LINK_DARK}}}}}"""
+    + """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,sans-serif}
@@ -26,7 +28,8 @@ nav ul{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:16px 0 0;
 .verdict{border-left:3px solid var(--link);padding:2px 0 2px 12px;max-width:72ch}
 .note,figcaption{color:var(--soft);font-size:.9rem;max-width:76ch}
 figure{margin:0 0 12px}figcaption{margin-bottom:10px}
-.scroll{overflow-x:auto;background:linear-gradient(to left,var(--page) 40%,transparent) 100% 0/48px 100% no-repeat local,
+.scroll{overflow-x:auto;
+background:linear-gradient(to left,var(--page) 40%,transparent) 100% 0/48px 100% no-repeat local,
 linear-gradient(to left,var(--line),transparent) 100% 0/14px 100% no-repeat scroll}
 :focus-visible{outline:2px solid var(--link);outline-offset:2px}
 table{border-collapse:collapse;font-size:.87rem;margin:12px 0}
@@ -42,3 +45,4 @@ svg text{font-family:system-ui,sans-serif!important}
 @media print{body{font-size:11px}.scroll{overflow:visible}figure,tr{break-inside:avoid}nav{display:none}
 svg{min-width:0!important}th,td{white-space:normal}}
 """
+)

@@ -142,7 +142,9 @@ def fidelity_table(trials: Sequence[TrialRow]) -> Table:
             _number("trials", "num_trials", [len(group) for group in groups]),
             _number("failed", "num_failed", [len(g) - len(found) for g, found in zip(groups, losses, strict=True)]),
             _number("best loss", "best_loss_nats_per_token", [min(x, default=None) for x in losses], "{:.4f}".format),
-            _number("cost, full fine-tunes", "cost_full_fine_tunes", [_cost(group) for group in groups], "{:.2f}".format),
+            _number(
+                "cost, full fine-tunes", "cost_full_fine_tunes", [_cost(group) for group in groups], "{:.2f}".format
+            ),
             _number("time", "seconds", [sum(trial.seconds for trial in group) for group in groups], format_seconds),
         ],
     )
@@ -200,7 +202,9 @@ def trial_table(trials: Sequence[TrialRow]) -> Table:
             text_column("found by", "found_by", [stage_title(trial.origin) for trial in trials]),
             _number("steps", "training_steps", [trial.num_steps for trial in trials]),
             _number("seed", "seed", [trial.seed for trial in trials]),
-            _number("learning rate factor", "learning_rate_factor", [t.learning_rate_factor for t in trials], "{:g}".format),
+            _number(
+                "learning rate factor", "learning_rate_factor", [t.learning_rate_factor for t in trials], "{:g}".format
+            ),
             _number("loss", "loss_nats_per_token", [trial.loss for trial in trials], "{:.4f}".format),
             _number("memory", "total_bytes", [trial.total_bytes for trial in trials], format_bytes),
             _number("cost", "cost_full_fine_tunes", [trial.cost for trial in trials], "{:.3f}".format),

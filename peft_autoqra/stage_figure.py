@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_autoqra import colours
 from peft_autoqra.drawing import SMALL, WIDTH, Drawing
@@ -37,14 +37,14 @@ def stage_figure(shares: Sequence[StageShare]) -> Drawing:
         axes.set_yticks([])
     gains.set_yticks(range(len(shares)), [stage_title(share.stage) for share in shares], color=colours.INK)
     _draw_gains(drawing, gains, shares)
-    _draw_bars(drawing, costs, shares, [(share.cost, f"{share.cost or 0:.2f}") for share in shares])
-    _draw_bars(drawing, times, shares, [(share.seconds or None, format_seconds(share.seconds)) for share in shares])
+    _draw_bars(drawing, costs, shares, [(share.cost, f"{share.cost:.2f}") for share in shares])
+    _draw_bars(drawing, times, shares, [(share.seconds, format_seconds(share.seconds)) for share in shares])
     gains.set_title("loss won over the best before")
     gains.set_xlabel("nats per token, with 95% interval", loc="left")
     costs.set_title("cost")
     costs.set_xlabel("full fine-tunes", loc="left")
     times.set_title("time")
-    times.set_xlabel("of its trials", loc="left")
+    times.set_xlabel("running", loc="left")
     return drawing
 
 
@@ -57,7 +57,7 @@ def _draw_gains(drawing: Drawing, axes: Axes, shares: Sequence[StageShare]) -> N
         if share.gain is None:
             text = "nothing before it to compare with" if share.best_loss is not None else _why_none(share)
             ground = {"facecolor": colours.PAGE, "edgecolor": "none", "pad": 1.5}
-            place = {"transform": axes.get_yaxis_transform(), "va": "center", "bbox": ground}
+            place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "bbox": ground}
             axes.text(0.02, row, text, size=SMALL, color=colours.SOFT, **place)
             continue
         won, (low, high) = -share.gain.mean, (-share.gain.interval[1], -share.gain.interval[0])
@@ -70,13 +70,16 @@ def _draw_gains(drawing: Drawing, axes: Axes, shares: Sequence[StageShare]) -> N
             markersize=8,
             markerfacecolor=colour,
             markeredgecolor=colours.PAGE,
+            linestyle="none",
         )
         drawing.hint(
             mark,
             f"{stage_title(share.stage)}: {format_signed(won)} nats per token, "
             f"95% interval {format_signed(low)} to {format_signed(high)}",
         )
-        axes.annotate(format_signed(won), (won, row), xytext=(0, 6), textcoords="offset points", ha="center", size=SMALL)
+        axes.annotate(
+            format_signed(won), (won, row), xytext=(0, 6), textcoords="offset points", ha="center", size=SMALL
+        )
 
 
 def _why_none(share: StageShare) -> str:
@@ -86,14 +89,12 @@ def _why_none(share: StageShare) -> str:
 
 
 def _draw_bars(
-    drawing: Drawing, axes: Axes, shares: Sequence[StageShare], values: Sequence[tuple[float | None, str]]
+    drawing: Drawing, axes: Axes, shares: Sequence[StageShare], values: Sequence[tuple[float, str]]
 ) -> None:
-    axes.set_xlim(0, _OVER * max([value or 0.0 for value, _ in values] + [1e-9]))
+    axes.set_xlim(0, _OVER * max([value for value, _ in values] + [1e-9]))
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     for row, (share, (value, label)) in enumerate(zip(shares, values, strict=True)):
-        if value is None:
-            continue
         colour = colours.STAGES.get(share.stage, colours.STAGES["baseline"])
         (bar,) = axes.barh([row], [value], height=0.5, color=colour)
         drawing.hint(bar, f"{stage_title(share.stage)}: {label}, {share.num_trials} trials")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from itertools import accumulate
@@ -42,21 +43,23 @@ def timeline_figure(trials: Sequence[TrialRow]) -> Drawing:
         if index < len(levels) - 1:
             axes.set_xticklabels([])
     axes.set_xlabel(f"time since the first trial began, {unit}")
-    drawing.figure.text(0.012, 0.5, "held-out loss, nats per token", rotation=90, va="center", size=SMALL, color=colours.SOFT)
+    drawing.figure.text(
+        0.012, 0.5, "held-out loss, nats per token", rotation=90, va="center", size=SMALL, color=colours.SOFT
+    )
     legend(drawing.figure, [trial.stage for trial in completed], ("best so far",))
     return drawing
 
 
 def _draw_panel(drawing: Drawing, axes: Axes, trials: Sequence[TrialRow], divisor: float) -> None:
-    losses = [trial.loss for trial in trials if trial.loss is not None]
+    losses = [_loss(trial) for trial in trials]
     middle = statistics.median(losses)
     limit = middle + _FAR * max(middle - min(losses), 0.01)
     first_seed = min(trial.seed for trial in trials)
     for trial in trials:
-        if trial.loss is not None and trial.loss <= limit:
+        if _loss(trial) <= limit:
             _mark(drawing, axes, trial, divisor)
     tried = [trial for trial in trials if trial.seed == first_seed]
-    best = list(accumulate((trial.loss for trial in tried if trial.loss is not None), min))
+    best = list(accumulate(map(_loss, tried), min))
     axes.plot(
         [trial.end_seconds / divisor for trial in tried],
         best,
@@ -84,16 +87,24 @@ def _mark(drawing: Drawing, axes: Axes, trial: TrialRow, divisor: float) -> None
     """A line from its start to its end, and the mark there."""
     colour = colours.STAGES.get(trial.stage, colours.STAGES["baseline"])
     start, end = (trial.end_seconds - trial.seconds) / divisor, trial.end_seconds / divisor
-    axes.plot([start, end], [trial.loss] * 2, color=colour, linewidth=2.2, alpha=0.45, solid_capstyle="butt", zorder=3)
+    axes.plot(
+        [start, end], [_loss(trial)] * 2, color=colour, linewidth=2.2, alpha=0.45, solid_capstyle="butt", zorder=3
+    )
     (mark,) = axes.plot(
         [end],
-        [trial.loss],
+        [_loss(trial)],
         marker=MARKERS.get(trial.stage, "s"),
         markersize=6.5,
         markerfacecolor=colour,
         markeredgecolor=colours.PAGE,
+        linestyle="none",
         markeredgewidth=0.8,
         zorder=4,
     )
     hint = f"trial {trial.number}, {stage_title(trial.origin)}, seed {trial.seed}: loss {trial.loss:.4f}, "
     drawing.hint(mark, hint + f"{format_bytes(trial.total_bytes)}, {format_seconds(trial.seconds)}")
+
+
+def _loss(trial: TrialRow) -> float:
+    """Of one that succeeded."""
+    return math.nan if trial.loss is None else trial.loss

@@ -15,7 +15,7 @@ from peft_autoqra.trial import Trial
 
 FORMAT_VERSION = 2
 TOLD_AT = "told_at"
-"""Of a trial's record: when it was told, seconds since 1970 (UTC). For those who read the log; replaying ignores it."""
+"""Of a trial's record: when it was told, seconds since 1970 (UTC). For readers of the log; replaying ignores it."""
 
 
 @dataclass(frozen=True)
