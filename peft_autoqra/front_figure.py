@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from peft_autoqra import colours
 from peft_autoqra.drawing import SMALL, WIDTH, Drawing
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 _HEIGHT = 3.5
 _LEFT, _RIGHT, _BETWEEN = 0.1, 0.985, 0.085  # shares of the width
-_LOW = 0.2  # share of the height
-_CROWDED = 0.06  # of the range of bytes
+_CHARACTER, _LINE = 0.6, SMALL * 1.3  # width of a letter as a share of its height; height of a line in points
+_CROWDED, _MIN_CROWD = 0.06, 4  # of the range of bytes; points
+_LEAST_RANGE = 0.004  # nats per token; smaller differences look as small as they are
 _FAR = 4.0  # times the spread of the better half; worse points are named at the edge, not drawn
 
 
@@ -36,12 +37,13 @@ def front_figure(points: Sequence[PlanPoint], budget: tuple[int, str] | None) ->
     top = _highest_shown(points)
     shown = [point for point in points if point.difference <= top]
     crowd = _crowd(shown)
-    panels = [(shown, "all plans"), (crowd, "where most of them are")] if crowd else [(shown, "")]
+    panels = [(shown, "all plans"), (crowd, "enlarged: where most of them are")] if crowd else [(shown, "")]
     width = (_RIGHT - _LEFT - _BETWEEN * (len(panels) - 1)) / len(panels)
     for index, (inside, title) in enumerate(panels):
         axes = drawing.figure.add_axes((_LEFT + index * (width + _BETWEEN), 0.135, width, 0.72))
         axes.set_title(title)
-        _draw_panel(drawing, axes, inside, budget)
+        _draw_panel(drawing, axes, inside, budget, is_enlarged=index > 0)
+        _name_points(drawing, axes, inside, _unit(inside)[1], unnamed=crowd if index == 0 else ())
         axes.set_xlabel(f"memory{scope}, {_unit(inside)[0]}")
     drawing.figure.axes[0].set_ylabel("held-out loss minus the winner's, nats per token")
     lines = ("Pareto front", "budget") if budget else ("Pareto front",)
@@ -59,10 +61,12 @@ def _crowd(points: Sequence[PlanPoint]) -> list[PlanPoint]:
     sizes = [point.total_bytes for point in points]
     middle, reach = statistics.median(sizes), _CROWDED * (max(sizes) - min(sizes))
     near = [point for point in points if abs(point.total_bytes - middle) <= reach]
-    return near if len(points) / 2 < len(near) < len(points) else []
+    return near if max(len(points) / 2, _MIN_CROWD) < len(near) < len(points) else []
 
 
-def _draw_panel(drawing: Drawing, axes: Axes, points: Sequence[PlanPoint], budget: tuple[int, str] | None) -> None:
+def _draw_panel(
+    drawing: Drawing, axes: Axes, points: Sequence[PlanPoint], budget: tuple[int, str] | None, is_enlarged: bool
+) -> None:
     divisor = _unit(points)[1]
     front = pareto_front(points)
     axes.plot(
@@ -78,13 +82,21 @@ def _draw_panel(drawing: Drawing, axes: Axes, points: Sequence[PlanPoint], budge
     axes.grid(color=colours.LINE, linewidth=0.5)
     axes.set_axisbelow(True)
     axes.margins(x=0.1, y=0.13)
-    axes.ticklabel_format(useOffset=False)
+    low, high = axes.get_ylim()
+    missing = max(0.0, _LEAST_RANGE - (high - low)) / 2
+    axes.set_ylim(low - missing, high + missing)
+    axes.ticklabel_format(useOffset=False, style="plain")
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(_ticks(5))
-    if budget:
+    if budget and _is_near(budget[0], points, is_enlarged):
         x = budget[0] / divisor
         axes.axvline(x, color=colours.SOFT, linewidth=1.2, linestyle=LINES["budget"]["linestyle"], zorder=1)
-    _name_points(drawing, axes, points, divisor)
+
+
+def _is_near(budget_bytes: int, points: Sequence[PlanPoint], is_enlarged: bool) -> bool:
+    """Whether there is room for the budget; it would squeeze what was enlarged."""
+    sizes = [point.total_bytes for point in points]
+    return not is_enlarged or budget_bytes <= max(sizes) + (max(sizes) - min(sizes)) / 2
 
 
 def _ticks(num: int) -> Locator:
@@ -130,28 +142,54 @@ def _mark(drawing: Drawing, axes: Axes, point: PlanPoint, divisor: float) -> Non
     drawing.hint(mark, hint + (f", 95% interval {low:+.4f} to {high:+.4f}" if is_known else ""))
 
 
-def _name_points(drawing: Drawing, axes: Axes, points: Sequence[PlanPoint], divisor: float) -> None:
-    """Towards the middle, above the mark, or below those at the bottom; further away where another name is."""
+def _name_points(
+    drawing: Drawing, axes: Axes, points: Sequence[PlanPoint], divisor: float, *, unnamed: Sequence[PlanPoint]
+) -> None:
+    """Beside each mark with a name, where the name covers the fewest other marks and no other name."""
     drawing.figure.draw_without_rendering()
-    height = axes.bbox.height / drawing.figure.dpi * 72
-    taken: list[tuple[bool, float]] = []
-    for point in sorted((point for point in points if point.name), key=lambda point: point.difference):
-        position = (point.total_bytes / divisor, point.difference)
-        x, y = axes.transLimits.transform(position)
-        is_right, is_low = bool(x > 0.5), y < _LOW
-        step = -SMALL * 1.3 if is_low else SMALL * 1.3
-        level = y * height + step
-        while any(side == is_right and abs(level - other) < SMALL * 1.3 for side, other in taken):
-            level += step
-        taken.append((is_right, level))
+    scale = 72 / drawing.figure.dpi
+    places = [axes.transData.transform((point.total_bytes / divisor, point.difference)) * scale for point in points]
+    frame = axes.bbox.extents * scale
+    taken: list[_Box] = []
+    for point, (x, y) in zip(points, places, strict=True):
+        if not point.name or point in unnamed:
+            continue
+        width = len(point.name) * SMALL * _CHARACTER
+        boxes = [
+            _Box(x + dx - width * (dx < 0), y + dy, width)
+            for dy in (_LINE, -_LINE, 2 * _LINE, -2 * _LINE, 3 * _LINE, -3 * _LINE)
+            for dx in (-7, 7)
+        ]
+        box = min(boxes, key=lambda box: box.covered(places, taken, frame))
+        taken.append(box)
         axes.annotate(
-            point.name or "",
-            position,
-            xytext=(-7 if is_right else 7, level - y * height),
+            point.name,
+            (point.total_bytes / divisor, point.difference),
+            xytext=(box.left - x, box.middle - y),
             textcoords="offset points",
-            ha="right" if is_right else "left",
             va="center",
             size=SMALL,
             color=colours.INK,
             zorder=6,
+            arrowprops={"arrowstyle": "-", "color": colours.SOFT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
         )
+
+
+class _Box(NamedTuple):
+    """Where a name would stand, in points."""
+
+    left: float
+    middle: float
+    width: float
+
+    def covered(self, places: Sequence[Sequence[float]], boxes: Sequence[_Box], frame: Sequence[float]) -> int:
+        """Marks under it; names and the frame count as ten."""
+        right, half = self.left + self.width, _LINE / 2
+        marks = sum(self.left - 3 < x < right + 3 and abs(self.middle - y) < half + 3 for x, y in places)
+        names = sum(
+            self.left < other.left + other.width and other.left < right and abs(self.middle - other.middle) < _LINE
+            for other in boxes
+        )
+        low, high = self.middle - half, self.middle + half
+        is_outside = self.left < frame[0] or right > frame[2] or low < frame[1] or high > frame[3]
+        return marks + 10 * names + 10 * is_outside

@@ -21,7 +21,7 @@ MEMORY_PARTS = {
 
 _STORED = ("weight_bytes", "metadata_bytes", "untouched_bytes", "adapter_bytes")
 _RIGHT, _TOP, _BOTTOM, _ROW, _BAR = 0.8, 0.62, 0.1, 0.34, 0.24  # inches
-_LABELLED_SHARE = 0.1  # of the width; narrower parts have no room for their bytes
+_CHARACTER = 0.072  # inches
 
 
 def memory_figure(columns: Mapping[str, MemoryEstimate], budget: tuple[int, str] | None) -> Drawing:
@@ -48,8 +48,8 @@ def memory_figure(columns: Mapping[str, MemoryEstimate], budget: tuple[int, str]
             bar = Rectangle((x, y), width, _BAR, facecolor=colours.PARTS[part], edgecolor=colours.PAGE, linewidth=0.6)
             bar.set_alpha(None if counts else 0.45)
             drawing.hint(axes.add_patch(bar), f"{name}: {title} {format_bytes(num_bytes)} ({num_bytes:,} bytes)")
-            if counts and width > _LABELLED_SHARE * (WIDTH - left - _RIGHT):
-                label = format_bytes(num_bytes)
+            label = format_bytes(num_bytes)
+            if counts and width > _CHARACTER * (len(label) + 1):
                 colour = colours.PART_LABELS[part]
                 axes.text(
                     x + width / 2, y + _BAR / 2, label, ha="center", va="center_baseline", size=SMALL, color=colour

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -25,7 +25,7 @@ class PlanPoint:
         interval: 95% interval of that.
         num_seeds: that both were trained with.
         stage: who proposed it first.
-        name: ``"winner"``, a baseline's or ``"best searched"``, such as ``"uniform (winner)"``; None for others.
+        name: ``"winner"``, a baseline's or ``"best searched"``, joined; None for others.
     """
 
     total_bytes: int
@@ -40,6 +40,12 @@ class PlanPoint:
         """JSON-ready."""
         known = all(map(math.isfinite, self.interval))
         return asdict(self) | {"interval": list(self.interval) if known else None}
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """Of a plan with several names, such as ``"allocation = uniform (winner)"``."""
+    others = " = ".join(name for name in names if name != WINNER)
+    return f"{others} ({WINNER})" if others and WINNER in names else others or WINNER
 
 
 def pareto_front(points: Iterable[PlanPoint]) -> list[PlanPoint]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from peft_autoqra.paired import PairedDifference, paired_difference
+from peft_autoqra.plan_points import joined_name
 from peft_autoqra.report_data import ComparedPlan, TrialRow
 
 CALIBRATION = "calibration"
@@ -71,12 +72,11 @@ def stage_shares(trials: Sequence[TrialRow], calibration: tuple[float, float] | 
 
 
 def distinct_plans(compared: Sequence[ComparedPlan]) -> list[ComparedPlan]:
-    """Each plan once: the winner may be a baseline, and is called such as ``"allocation (winner)"`` then."""
-    distinct: dict[int, ComparedPlan] = {}
+    """Each plan once, with all of its names: the winner may be a baseline."""
+    groups: dict[int, list[ComparedPlan]] = {}
     for plan in compared:
-        known = distinct.get(plan.number)
-        distinct[plan.number] = plan if known is None else replace(known, name=f"{plan.name} ({known.name})")
-    return list(distinct.values())
+        groups.setdefault(plan.number, []).append(plan)
+    return [replace(group[0], name=joined_name([plan.name for plan in group])) for group in groups.values()]
 
 
 def _at_last_fidelity(trials: Sequence[TrialRow]) -> list[TrialRow]:

@@ -186,10 +186,10 @@ def _heading(data: ReportData) -> str:
     if data.budget is not None:
         facts.append(("budget", f"{format_bytes(data.budget[0])} ({data.budget[1]})"))
     if data.compared:
-        facts.append(("winner found by", stage_title(data.compared[0].origin)))
+        stage = stage_title(data.compared[0].origin.partition(":")[0])
+        facts.append(("winner", f"{stage} plan"))
     if data.plan is not None:
-        facts.append(("average bits", f"{data.plan.average_bits:.2f}"))
-        facts.append(("average rank", f"{data.plan.average_rank:.1f}"))
+        facts.append(("average bits, rank", f"{data.plan.average_bits:.2f}, {data.plan.average_rank:.1f}"))
     if data.trials:
         failed = sum(trial.loss is None for trial in data.trials)
         facts.append(("trials", f"{len(data.trials)}" + (f", {failed} failed" if failed else "")))
@@ -210,7 +210,7 @@ def _commands(data: ReportData) -> Sequence[str]:
     directory = data.directory
     report = f"autoqra report {shlex.quote(str(directory))}"
     if data.recipe is None:
-        return [report]
+        return [*(["# The search was started from Python; its settings are below."] if data.identity else []), report]
     recipe, plan, adapter = (shlex.quote(str(directory / name)) for name in ("recipe.yaml", "plan", "adapter"))
     return [
         f"autoqra search --config {recipe}",

@@ -23,7 +23,7 @@ h2{font-size:1.25rem;margin:44px 0 8px}h3{font-size:1rem;margin:20px 0 4px}
 a{color:var(--link)}
 nav ul{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:16px 0 0;padding:0;font-size:.9rem}
 .facts{display:flex;flex-wrap:wrap;gap:8px;margin:0}
-.facts div{background:var(--panel);border-radius:6px;padding:8px 14px}
+.facts div{background:var(--panel);border-radius:6px;padding:8px 11px}
 .facts dt{color:var(--soft);font-size:.8rem}.facts dd{margin:0;font-size:1.1rem;font-variant-numeric:tabular-nums}
 .verdict{border-left:3px solid var(--link);padding:2px 0 2px 12px;max-width:72ch}
 .note,figcaption{color:var(--soft);font-size:.9rem;max-width:76ch}

@@ -134,14 +134,18 @@ def fidelity_table(trials: Sequence[TrialRow]) -> Table:
     levels = sorted({trial.num_steps for trial in trials})
     groups = [[trial for trial in trials if trial.num_steps == level] for level in levels]
     losses = [[trial.loss for trial in group if trial.loss is not None] for group in groups]
+    first = min((trial.seed for trial in trials), default=0)
+    of_first = [[t.loss for t in group if t.loss is not None and t.seed == first] for group in groups]
     return Table(
         name="fidelities",
-        caption="Fidelities",
+        caption="Fidelities; losses of the first seed",
         columns=[
             _number("training steps", "training_steps", levels),
             _number("trials", "num_trials", [len(group) for group in groups]),
             _number("failed", "num_failed", [len(g) - len(found) for g, found in zip(groups, losses, strict=True)]),
-            _number("best loss", "best_loss_nats_per_token", [min(x, default=None) for x in losses], "{:.4f}".format),
+            _number(
+                "best loss", "best_loss_nats_per_token", [min(x, default=None) for x in of_first], "{:.4f}".format
+            ),
             _number(
                 "cost, full fine-tunes", "cost_full_fine_tunes", [_cost(group) for group in groups], "{:.2f}".format
             ),
@@ -156,7 +160,7 @@ def stage_table(shares: Sequence[StageShare]) -> Table:
     bounds = [(None, None) if gain is None else (-gain.interval[1], -gain.interval[0]) for gain in gains]
     return Table(
         name="stages",
-        caption="Stages",
+        caption="Stages; losses of the last fidelity and the first seed",
         columns=[
             text_column("stage", "stage", [stage_title(share.stage) for share in shares]),
             _number("trials", "num_trials", [share.num_trials for share in shares]),

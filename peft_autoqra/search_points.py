@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from peft_autoqra.paired import PairedDifference, paired_difference
-from peft_autoqra.plan_points import WINNER, PlanPoint
+from peft_autoqra.plan_points import WINNER, PlanPoint, joined_name
 from peft_autoqra.trial import Trial
 
 
@@ -22,12 +22,15 @@ def search_points(trials: Sequence[Trial], named: Mapping[str, Trial]) -> list[P
     for trial in trials:
         if trial.loss is not None and trial.fidelity.num_steps == last:
             groups.setdefault(_key(trial), {})[trial.fidelity.seed] = trial
-    names: dict[tuple[str, float], str] = {}
+    names: dict[tuple[str, float], list[str]] = {}
     for name, trial in named.items():
-        known = names.get(_key(trial))
-        names[_key(trial)] = name if known is None else f"{name} ({known})"
+        names.setdefault(_key(trial), []).append(name)
     winner = groups[_key(named[WINNER])]
-    return [_point(group, winner, names.get(key)) for key, group in groups.items() if group.keys() & winner.keys()]
+    return [
+        _point(group, winner, joined_name(names[key]) if key in names else None)
+        for key, group in groups.items()
+        if group.keys() & winner.keys()
+    ]
 
 
 def _key(trial: Trial) -> tuple[str, float]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _TOP, _BOTTOM, _ROW = 0.42, 0.42, 0.32  # inches
 _PANELS = ((0.15, 0.37), (0.56, 0.16), (0.77, 0.13))  # left edge and width, shares of the figure's
+_LEAST_RANGE = 0.004  # nats per token; smaller gains look as small as they are
 _OVER = 1.35  # of the longest bar, for its label
 
 
@@ -53,6 +54,8 @@ def _draw_gains(drawing: Drawing, axes: Axes, shares: Sequence[StageShare]) -> N
     axes.grid(axis="x", color=colours.LINE, linewidth=0.5)
     axes.set_axisbelow(True)
     axes.margins(x=0.08)
+    axes.ticklabel_format(axis="x", useOffset=False, style="plain")
+    axes.update_datalim([(-_LEAST_RANGE / 2, 0), (_LEAST_RANGE / 2, 0)], updatey=False)
     for row, share in enumerate(shares):
         if share.gain is None:
             text = "nothing before it to compare with" if share.best_loss is not None else _why_none(share)

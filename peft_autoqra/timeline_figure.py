@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _TOP, _BOTTOM, _PANEL, _BETWEEN = 0.55, 0.42, 1.45, 0.36  # inches
 _LEFT, _WIDTH = 0.1, 0.86  # shares of the figure's width
 _TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+_LEAST_RANGE = 0.004  # nats per token; smaller differences look as small as they are
 _FAR = 4.0  # times the distance of the median from the best; what is worse is counted, not drawn
 
 
@@ -76,10 +77,11 @@ def _draw_panel(drawing: Drawing, axes: Axes, trials: Sequence[TrialRow], diviso
     axes.grid(axis="y", color=colours.LINE, linewidth=0.5)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
+    axes.ticklabel_format(useOffset=False, style="plain")
 
 
 def _limits(low: float, high: float) -> tuple[float, float]:
-    margin = 0.1 * max(high - low, 1e-3)
+    margin = max(0.1 * (high - low), (_LEAST_RANGE - (high - low)) / 2)
     return low - margin, high + margin
 
 

@@ -59,7 +59,7 @@ def test_card_of_a_searched_plan_shows_plan_front_and_memory(tmp_path):
         image = Image.open(tmp_path / name).convert("RGB")
         assert len(image.getcolors(1 << 20)) > 20  # not blank
     minus = "\N{MINUS SIGN}"
-    assert f"| winner | 7.0 MB | +0.0000 | {minus}0.1000 to +0.1000 |" in text
+    assert f"| winner | 7.0 MB | 0.0000 | {minus}0.1000 to +0.1000 |" in text
     assert "| evolution, on the front | 7.0 MB | +0.2000 |" in text
     assert set(prepare_folder(tmp_path).filenames) >= ALL
 
