@@ -148,8 +148,9 @@ def _name_points(
     """Beside each mark with a name, where the name covers the fewest other marks and no other name."""
     drawing.figure.draw_without_rendering()
     scale = 72 / drawing.figure.dpi
-    places = [axes.transData.transform((point.total_bytes / divisor, point.difference)) * scale for point in points]
-    frame = axes.bbox.extents * scale
+    pixels = axes.transData.transform([(point.total_bytes / divisor, point.difference) for point in points])
+    places = [(float(x) * scale, float(y) * scale) for x, y in pixels]
+    frame = [edge * scale for edge in axes.bbox.extents]
     taken: list[_Box] = []
     for point, (x, y) in zip(points, places, strict=True):
         if not point.name or point in unnamed:
@@ -182,7 +183,7 @@ class _Box(NamedTuple):
     middle: float
     width: float
 
-    def covered(self, places: Sequence[Sequence[float]], boxes: Sequence[_Box], frame: Sequence[float]) -> int:
+    def covered(self, places: Sequence[tuple[float, float]], boxes: Sequence[_Box], frame: Sequence[float]) -> int:
         """Marks under it; names and the frame count as ten."""
         right, half = self.left + self.width, _LINE / 2
         marks = sum(self.left - 3 < x < right + 3 and abs(self.middle - y) < half + 3 for x, y in places)

@@ -11,7 +11,7 @@ WINNER, BEST_SEARCHED = "winner", "best searched"
 POINTS = "points"
 """Where a record keeps them."""
 
-_MAX_POINTS, _MAX_CHARACTERS = 2000, 80
+_MAX_POINTS, _MAX_CHARACTERS = 500, 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ def _point_from(entry: Any) -> PlanPoint | None:
     if not isinstance(interval, list | None) or len(interval or "  ") != 2:
         return None
     if not all(map(_is_finite, [*numbers, *(interval or [])])):
+        return None
+    if interval and not interval[0] <= entry["difference"] <= interval[1]:
         return None
     if not _is_short(entry["stage"]) or not (name is None or _is_short(name)):
         return None

@@ -18,7 +18,8 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
 
     Args:
         directory: ``output_dir`` of the search.
-        output: the page; ``report.html`` in that directory by default.
+        output: the page, whose name gets ``.html`` where it has no suffix, or a folder for it; by default
+            ``report.html`` in that directory.
 
     Returns:
         The page's path.
@@ -26,12 +27,13 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
     Raises:
         SearchStateError: there is nothing to report on.
         InvalidPlanError: the plan is damaged.
-        ValueError: ``output`` has no suffix, so that the folder cannot lie beside it.
     """
     directory = Path(directory)
     path = Path(output) if output else directory / REPORT_FILE
-    if not path.suffix or path.is_dir():
-        raise ValueError(f"output={str(path)!r} must be the name of a page, such as {str(path / REPORT_FILE)!r}.")
+    if path.is_dir():
+        path /= REPORT_FILE
+    elif not path.suffix:
+        path = path.with_suffix(".html")
     folder = path.with_suffix("")
     report = build_report(read_report_data(directory), folder.name)
     folder.mkdir(parents=True, exist_ok=True)

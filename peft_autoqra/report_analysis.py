@@ -86,10 +86,10 @@ def _at_last_fidelity(trials: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def _decisive(trials: Sequence[TrialRow]) -> list[TrialRow]:
-    """Of the last fidelity those of the first seed and the recipe's learning rate, which can be compared."""
+    """Of the last fidelity those of the first seed and learning rate, which can be compared."""
     top = _at_last_fidelity(trials)
-    first = min((trial.seed for trial in top), default=0)
-    return [trial for trial in top if trial.seed == first and trial.learning_rate_factor == 1.0]
+    settings = [(trial.seed, trial.learning_rate_factor) for trial in sorted(top, key=lambda trial: trial.number)]
+    return [trial for trial in top if (trial.seed, trial.learning_rate_factor) == settings[0]]
 
 
 def _difference(first: TrialRow, second: TrialRow) -> PairedDifference:

@@ -85,6 +85,7 @@ def test_points_come_back_as_they_were():
         [POINTS[0].to_dict() | {"interval": [0.0]}],
         [POINTS[0].to_dict() | {"interval": [0.0, None]}],
         [POINTS[0].to_dict() | {"interval": {"a": 1, "b": 2}}],
+        [POINTS[0].to_dict() | {"interval": [5.0, 6.0]}],
         [POINTS[0].to_dict() | {"name": []}],
         [POINTS[0].to_dict() | {"name": "\x00"}],
         [POINTS[0].to_dict() | {"stage": "x" * 1000}],

@@ -273,10 +273,11 @@ def test_a_plan_of_too_many_modules_has_a_table_alone(tmp_path):
     assert (tmp_path / "report" / "modules.csv").read_text().count("\n") == 42
 
 
-def test_page_needs_a_name_that_leaves_room_for_its_folder(search_directory):
-    for output in (search_directory, search_directory / "report"):
-        with pytest.raises(ValueError, match=r"must be the name of a page"):
-            write_report(search_directory, output)
+def test_output_may_be_a_folder_or_a_name_without_suffix(search_directory, tmp_path_factory):
+    there = tmp_path_factory.mktemp("there")
+    assert write_report(search_directory, there) == there / "report.html"
+    assert write_report(search_directory, there / "found") == there / "found.html"
+    assert {path.name for path in there.iterdir()} == {"report.html", "report", "found.html", "found"}
 
 
 @pytest.mark.parametrize("name", ["trials.jsonl", "search_result.json"])
