@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import time
 from typing import Any
 
 from peft_autoqra.errors import SearchStateError
@@ -128,7 +128,7 @@ class TrialLog:
 
 def _to_record(event: Event) -> dict[str, Any]:
     if isinstance(event, Trial):
-        return {"kind": "trial", **event.to_dict(), TOLD_AT: round(time.time(), 3)}
+        return {"kind": "trial", **event.to_dict(), TOLD_AT: round(time(), 3)}
     return {"kind": "asked", "num": event.num} if isinstance(event, Asked) else {"kind": "finished"}
 
 
