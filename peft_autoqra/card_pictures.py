@@ -14,7 +14,7 @@ from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.memory_figure import memory_figure
 from peft_autoqra.plan_grid import BitsAndRank
 from peft_autoqra.plan_picture import PICTURE_FILE, draw_plan
-from peft_autoqra.plan_points import PlanPoint, points_from
+from peft_autoqra.plan_points import PlanPoint, budget_from, points_from
 
 FRONT_FILE, MEMORY_FILE = "autoqra_front.png", "autoqra_memory.png"
 PICTURE_FILES = (PICTURE_FILE, FRONT_FILE, MEMORY_FILE)
@@ -40,7 +40,7 @@ def write_card_pictures(
         Names of the files that are there now. None can be drawn where matplotlib is broken or a file cannot be
         written; that is a warning, since saving a model must not fail because of it.
     """
-    budget = _budget(provenance or {})
+    budget = budget_from(provenance or {})
     points = points_from(provenance or {})
     drawn: dict[str, Callable[[], bytes | None]] = {PICTURE_FILE: lambda: draw_plan(layers)}
     if points:
@@ -81,11 +81,3 @@ def _draw_front(points: tuple[PlanPoint, ...], budget: tuple[int, str] | None) -
 def _draw_memory(memory: MemoryEstimate, budget: tuple[int, str] | None) -> bytes:
     with plot_settings():
         return memory_figure({"plan": memory}, budget).to_png()
-
-
-def _budget(provenance: Mapping[str, Any]) -> tuple[int, str] | None:
-    """None where there is none, or a stranger's record holds something else."""
-    num_bytes, scope = provenance.get("budget_bytes"), provenance.get("budget_scope")
-    if not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or not 0 < num_bytes < 10**18:
-        return None
-    return (num_bytes, scope) if scope in ("training", "stored") else None

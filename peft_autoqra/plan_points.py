@@ -72,6 +72,18 @@ def points_from(record: Mapping[str, Any]) -> tuple[PlanPoint, ...]:
     return tuple(point for point in points if point is not None) if all(points) else ()
 
 
+def budget_from(record: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Bytes and what they limit, as a record keeps them; None where it keeps nothing of that kind.
+
+    Args:
+        record: JSON, perhaps of a stranger.
+    """
+    num_bytes, scope = record.get("budget_bytes"), record.get("budget_scope")
+    if not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or not 0 < num_bytes < 10**18:
+        return None
+    return (num_bytes, scope) if scope in ("training", "stored") else None
+
+
 def _point_from(entry: Any) -> PlanPoint | None:
     """None for anything that cannot be drawn."""
     if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(PlanPoint)}:

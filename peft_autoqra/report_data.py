@@ -13,7 +13,7 @@ from peft_autoqra.errors import SearchStateError
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_file import PLAN_FILE
-from peft_autoqra.plan_points import BEST_SEARCHED, WINNER, PlanPoint, points_from
+from peft_autoqra.plan_points import BEST_SEARCHED, WINNER, PlanPoint, budget_from, points_from
 from peft_autoqra.trial_log import TOLD_AT
 
 _TRIALS_FILE, _RESULT_FILE, _RECIPE_FILE, _PLAN_FOLDER = "trials.jsonl", "search_result.json", "recipe.yaml", "plan"
@@ -144,10 +144,10 @@ def read_report_data(directory: Path) -> ReportData:
         plan=plan,
         compared=_compared(result, plan) if result else (),
         trials=trials,
-        points=points_from(result or {}),
+        points=points_from(known),
         calibration=_calibration(result, trials) if result else None,
         surrogate_checks=tuple((result or {}).get("surrogate_checks", ())),
-        budget=(known["budget_bytes"], known["budget_scope"]) if "budget_bytes" in known else None,
+        budget=budget_from(known),
         identity=identity,
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         seconds=result.get("seconds") if result else None,

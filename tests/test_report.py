@@ -259,6 +259,16 @@ def test_plan_alone(tmp_path):
     assert Page(text).open == []
 
 
+def test_a_searched_plan_alone_shows_its_front_and_budget(tmp_path):
+    record = {"budget_bytes": 8000, "budget_scope": "stored", "points": [point("winner", 7600, 0.0)]}
+    PLAN.replace(provenance=record).save_pretrained(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert "8.0 kB (stored)" in text
+    assert len(hints(text, "front")) == 1
+    PLAN.replace(provenance={"budget_bytes": 8000, "points": 3}).save_pretrained(tmp_path)  # a stranger's
+    assert 'id="figure-front"' not in write_report(tmp_path).read_text()
+
+
 def test_modules_outside_of_layers_and_several_stacks(tmp_path):
     names = ["encoder.block.0.wi", "decoder.block.0.wi", "score"]
     BitRankPlan({name: LayerPlan(4, 0) for name in names}).save_pretrained(tmp_path)
