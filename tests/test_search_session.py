@@ -24,6 +24,11 @@ SEED = 5
 FIDELITIES = (Fidelity(0, 4, SEED), Fidelity(8, 4, SEED))
 
 
+@pytest.fixture(autouse=True)
+def the_same_logs_at_any_time(monkeypatch):
+    monkeypatch.setattr("peft_autoqra.trial_log.time", lambda: 1000.0)
+
+
 @pytest.fixture(scope="module")
 def setup(tiny_llama, tmp_path_factory):
     config = AutoQRASearchConfig(
