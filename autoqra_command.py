@@ -1,8 +1,8 @@
 """Where the command ``autoqra`` starts.
 
 ``import peft_autoqra`` registers with PEFT and transformers, whose import takes seconds. No help page needs them, nor
-does a plan that is shown; so where this module was imported first, ``peft_autoqra`` leaves it to the commands that load
-models. It lies outside of the package because a package is imported before anything in it.
+does a plan that is shown; so where this module was imported first, ``peft_autoqra`` leaves it to the commands that
+load models. It lies outside of the package because a package is imported before anything in it.
 """
 
 from __future__ import annotations

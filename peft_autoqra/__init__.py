@@ -86,3 +86,4 @@ def __dir__() -> list[str]:
 
 if "autoqra_command" not in sys.modules:  # else this is the command line, which registers when it loads a model
     import_module(f"{__name__}.registration").register()
+    from peft_autoqra.uniform_plan import uniform_plan  # its module has the same name, and would be found first

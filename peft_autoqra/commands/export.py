@@ -82,8 +82,8 @@ def _forecast(options: argparse.Namespace) -> Outcome:
     dtype = str(forecast.dtype).removeprefix("torch.")
     text = (
         f"Nothing was written: dry run. It would be {format_bytes(forecast.weight_bytes)} of weights ({dtype}) in "
-        f"{options.output_dir}, with {len(forecast.tokenizer_files)} files of the tokenizer; {forecast.base} is loaded "
-        "into memory for it."
+        f"{options.output_dir}, with {len(forecast.tokenizer_files)} files of the tokenizer. {forecast.base} would be "
+        "loaded into memory for it."
     )
     figures = {"base": forecast.base, "dtype": dtype, "weight_bytes": forecast.weight_bytes}
     return Outcome(text, {**_common(options), **figures, "tokenizer_files": list(forecast.tokenizer_files)})

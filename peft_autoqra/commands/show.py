@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -49,7 +50,7 @@ def show_text(found: FoundPlan, console: Console) -> str:
         Text(f" {bits} ", style=_style(bits)) for bits in sorted({layer.bits for layer in plan.values()})
     )
     picture = [legend, "", grid] if grid is not None else [text_table(TYPE_HEADER, rows_by_type(plan))]
-    return render(console, *_facts(found), "", *picture, "", _memory_text(plan))
+    return render(console, *_facts(found, console.width), "", *picture, "", _memory_text(plan, console.width))
 
 
 def plan_cell(plan: Mapping[str, LayerPlan], layer: LayerPlan) -> HeatCell:
@@ -93,7 +94,7 @@ def _has_no_adapters(plan: Mapping[str, LayerPlan]) -> bool:
     return not any(layer.rank for layer in plan.values())
 
 
-def _facts(found: FoundPlan) -> list[str]:
+def _facts(found: FoundPlan, width: int) -> list[str]:
     base = found.plan.base_model
     figures = dict(found.plan.to_card().figures())
     figures.pop("base weights", None)  # a sentence for model cards
@@ -105,8 +106,20 @@ def _facts(found: FoundPlan) -> list[str]:
         **figures,
         **({} if _has_no_adapters(found.plan) else {"adapters start at": _START[found.plan.initialization]}),
     }
-    width = max(map(len, rows))
-    return [f"{name.ljust(width)}  {_printable(value)}" for name, value in rows.items()]
+    left = max(map(len, rows)) + 2
+    return [_wrapped(name.ljust(left), _printable(value), width) for name, value in rows.items()]
+
+
+def _wrapped(title: str, value: str, width: int) -> str:
+    """Broken between words, so that paths can be copied."""
+    return textwrap.fill(
+        value,
+        width,
+        initial_indent=title,
+        subsequent_indent=" " * len(title),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 _START = {"compensate": "the calibrated correction of the quantization error", "zero": "zero"}
@@ -117,26 +130,29 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _memory_text(plan: BitRankPlan) -> str:
+def _memory_text(plan: BitRankPlan, width: int) -> str:
     if plan.memory is not None:
         return memory_table({"bytes": plan.memory}, exact=True) + "\nActivations are not counted."
     sizes = _layer_bytes(plan)
     if sizes is None:
-        return "The plan does not know the shapes of its weights, so their bytes cannot be counted."
+        return textwrap.fill(
+            "The plan does not know the shapes of its weights, so their bytes cannot be counted.", width
+        )
     codes, metadata = sizes
-    return (
+    text = (
         f"The planned layers take {format_bytes(codes)} and {format_bytes(metadata)} of quantization metadata; at 16 "
         f"bits {format_bytes(sum(map(math.prod, plan.shapes.values())) * _DENSE_BYTES)}. All else is not recorded."
     )
+    return textwrap.fill(text, width)
 
 
 def _layer_bytes(plan: BitRankPlan) -> tuple[int, int] | None:
     """Of weights and metadata; None where shapes are not known."""
-    # Imports torch, which takes seconds; plans that were searched or calibrated know their bytes.
-    from peft_autoqra.quant.backends import make_backend  # noqa: PLC0415
-
     if len(plan.shapes) < len(plan):
         return None
+    # Imports torch, which takes seconds; plans that a search made know their bytes.
+    from peft_autoqra.quant.backends import make_backend  # noqa: PLC0415
+
     backend = make_backend(plan.quantizer)
     codes = metadata = 0
     for name, layer in plan.items():
