@@ -84,6 +84,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "autoqra_command" not in sys.modules:  # else this is the command line, which registers when it loads a model
+if not getattr(sys.modules.get("autoqra_command"), "is_running", False):  # the command registers when it needs it
     import_module(f"{__name__}.registration").register()
     from peft_autoqra.uniform_plan import uniform_plan  # its module has the same name, and would be found first

@@ -60,7 +60,7 @@ def _run(name: str, arguments: Sequence[str], *, as_json: bool) -> str | None:
 
 
 def _outcome(name: str, arguments: Sequence[str]) -> Outcome | None:
-    if COMMANDS[name].loads_models:
+    if not COMMANDS[name].is_light:
         # TRL passes transformers the old name of this setting; users can do nothing about it.
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
         import_module("peft_autoqra.registration").register()

@@ -24,7 +24,7 @@ class Command:
         most_used: flags on the first page of such a command.
         output_dir: default of such a command.
         goes_on: whether the same command goes on after it was interrupted.
-        loads_models: whether it needs PEFT, transformers and the method known to them, which takes seconds.
+        is_light: whether it needs neither PEFT nor transformers, nor the method known to them, which takes seconds.
     """
 
     summary: str
@@ -34,7 +34,7 @@ class Command:
     most_used: tuple[str, ...] = ()
     output_dir: str = ""
     goes_on: bool = False
-    loads_models: bool = False
+    is_light: bool = False
 
 
 _INPUTS = ("model_name_or_path", "train_file", "dataset_name", "test_split_size")
@@ -49,7 +49,6 @@ COMMANDS: Mapping[str, Command] = {
         most_used=(*_INPUTS, "memory_budget", "max_cost", "learning_rate", "max_length", *_OUTPUTS),
         output_dir="search-out",
         goes_on=True,
-        loads_models=True,
     ),
     "train": Command(
         summary="fine-tune with a plan, or with the same bits and rank everywhere",
@@ -57,29 +56,29 @@ COMMANDS: Mapping[str, Command] = {
         topics=(MODEL, DATA, ADAPTER, FINE_TUNE),
         most_used=(*_INPUTS, "plan", "bits", "r", "learning_rate", "max_length", *_OUTPUTS),
         output_dir="adapter",
-        loads_models=True,
     ),
     "show": Command(
         summary="print a plan as a heat map, with its bytes by part",
         parser=folder_parsers.show_parser,
+        is_light=True,
     ),
     "compare": Command(
         summary="print what is different between two plans",
         parser=folder_parsers.compare_parser,
+        is_light=True,
     ),
     "report": Command(
         summary="write one HTML page about a search",
         parser=folder_parsers.report_parser,
+        is_light=True,
     ),
     "push": Command(
         summary="upload a plan, an adapter or a quantized base to the Hugging Face Hub",
         parser=folder_parsers.push_parser,
-        loads_models=True,
     ),
     "export": Command(
         summary="write an adapter for vLLM, llama.cpp or transformers without this package",
         parser=folder_parsers.export_parser,
-        loads_models=True,
     ),
     "calibrate": Command(
         summary="measure beforehand what every bit-width and rank loses; searches start from it",
@@ -90,10 +89,10 @@ COMMANDS: Mapping[str, Command] = {
         most_used=(*_INPUTS, "bit_choices", "rank_choices", "num_calibration_sequences", "cache_dir", *_OUTPUTS),
         output_dir="search-out",
         goes_on=True,
-        loads_models=True,
     ),
     "completion": Command(
         summary="print a script that completes commands and flags in your shell",
         parser=folder_parsers.completion_parser,
+        is_light=True,
     ),
 }

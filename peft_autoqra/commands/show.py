@@ -23,6 +23,7 @@ from peft_autoqra.units import format_bytes
 
 _INK_ON = {bits: "#1b1f24" if bits <= 4 else "#ffffff" for bits in SUPPORTED_BITS}
 _DENSE_BYTES = 2
+_NOTE = ", without metadata"  # of the average in model cards
 
 
 def run(argv: Sequence[str]) -> Outcome:
@@ -96,7 +97,7 @@ def _has_no_adapters(plan: Mapping[str, LayerPlan]) -> bool:
 
 def _facts(found: FoundPlan, width: int) -> list[str]:
     base = found.plan.base_model
-    figures = dict(found.plan.to_card().figures())
+    figures = {name.removesuffix(_NOTE): value for name, value in found.plan.to_card().figures()}
     figures.pop("base weights", None)  # a sentence for model cards
     name = base.name_or_path or "not recorded"
     rows = {
