@@ -106,7 +106,8 @@ def test_nothing_else_gets_into_the_document(tmp_path):
     module, function = entry_point()
     code = f"""
 import os, sys
-from {module} import {function}
+import {module}
+{module}.is_running = True
 from peft_autoqra.commands import show
 find = show.find_plan
 def noisy(source):
@@ -114,7 +115,7 @@ def noisy(source):
     os.write(1, b"compiler\\n")
     return find(source)
 show.find_plan = noisy
-sys.exit({function}())
+sys.exit({module}.{function}())
 """
     argv = [sys.executable, "-c", code, "show", str(tmp_path), "--json"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=REPOSITORY)
