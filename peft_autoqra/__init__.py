@@ -4,28 +4,25 @@ Importing this package registers the method with PEFT and transformers; do it be
 loaded.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peft_autoqra.folder_card import complete_model_card
-from peft_autoqra.memory import MemoryModel
-from peft_autoqra.memory_estimate import MemoryEstimate
-from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
-from peft_autoqra.pushed_card import register as register_cards
-from peft_autoqra.search_config import AutoQRASearchConfig
-from peft_autoqra.search_space import SearchSpace
-from peft_autoqra.streaming.hf_quantizer import register as register_with_transformers
-from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
-from peft_autoqra.trial import Fidelity, Trial, TrialResult, TrialStatus
-from peft_autoqra.tuner.config import AutoQRAConfig
-from peft_autoqra.tuner.model import QuantLoRAModel
-from peft_autoqra.tuner.registration import register
-from peft_autoqra.uniform_plan import uniform_plan
-
 if TYPE_CHECKING:
+    from peft_autoqra.folder_card import complete_model_card
     from peft_autoqra.importance.calibrated_plan import calibrate_plan
+    from peft_autoqra.memory import MemoryModel
+    from peft_autoqra.memory_estimate import MemoryEstimate
+    from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
+    from peft_autoqra.search_config import AutoQRASearchConfig
     from peft_autoqra.search_result import SearchResult
+    from peft_autoqra.search_space import SearchSpace
     from peft_autoqra.searcher import AutoQRASearcher
+    from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
+    from peft_autoqra.trial import Fidelity, Trial, TrialResult, TrialStatus
+    from peft_autoqra.tuner.config import AutoQRAConfig
+    from peft_autoqra.tuner.model import QuantLoRAModel
+    from peft_autoqra.uniform_plan import uniform_plan
 
 __all__ = [
     "AutoQRAConfig",
@@ -51,20 +48,42 @@ __all__ = [
 ]
 
 # Imported at first use: who only loads an adapter needs neither TRL nor BoTorch.
-_LAZY = {
-    "AutoQRASearcher": "peft_autoqra.searcher",
-    "SearchResult": "peft_autoqra.search_result",
-    "calibrate_plan": "peft_autoqra.importance.calibrated_plan",
+_MODULES = {
+    "AutoQRAConfig": "tuner.config",
+    "AutoQRAQuantConfig": "streaming.quant_config",
+    "AutoQRASearchConfig": "search_config",
+    "AutoQRASearcher": "searcher",
+    "BaseModelInfo": "plan",
+    "BitRankPlan": "plan",
+    "Fidelity": "trial",
+    "LayerPlan": "plan",
+    "MemoryEstimate": "memory_estimate",
+    "MemoryModel": "memory",
+    "QuantLoRAModel": "tuner.model",
+    "QuantizerSettings": "plan",
+    "SearchResult": "search_result",
+    "SearchSpace": "search_space",
+    "Trial": "trial",
+    "TrialResult": "trial",
+    "TrialStatus": "trial",
+    "calibrate_plan": "importance.calibrated_plan",
+    "complete_model_card": "folder_card",
+    "uniform_plan": "uniform_plan",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import the heavier names when they are asked for."""
-    if name not in _LAZY:
+    """Import names when they are asked for."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-register()
-register_with_transformers()
-register_cards()
+def __dir__() -> list[str]:
+    """For completion at a prompt."""
+    return sorted({*globals(), *__all__})
+
+
+if not getattr(sys.modules.get("autoqra_command"), "is_running", False):  # the command registers when it needs it
+    import_module(f"{__name__}.registration").register()
+    from peft_autoqra.uniform_plan import uniform_plan  # its module has the same name, and would be found first

@@ -5,6 +5,10 @@ class AutoQRAError(Exception):
     """Base of all errors that this package raises on purpose."""
 
 
+class UsageError(AutoQRAError, ValueError):
+    """A command line that cannot be understood."""
+
+
 class InvalidPlanError(AutoQRAError, ValueError):
     """A bit-width, rank, module name, file or setting that no layer can be built from."""
 
@@ -15,6 +19,10 @@ class PlanMismatchError(InvalidPlanError):
 
 class MemoryBudgetError(AutoQRAError, ValueError):
     """A memory budget that cannot be read or cannot be reached."""
+
+
+class UnreachableBudgetError(MemoryBudgetError):
+    """A memory budget that even the smallest plan exceeds."""
 
 
 class CalibrationError(AutoQRAError, ValueError):

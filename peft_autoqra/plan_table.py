@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from peft_autoqra.markdown import markdown_table
 from peft_autoqra.plan_grid import BitsAndRank, PlanGrid
@@ -10,7 +11,11 @@ from peft_autoqra.plan_grid import BitsAndRank, PlanGrid
 MAX_COLUMNS = 24
 """Above it, as with a layer for every expert, the table counts modules by type."""
 
+TYPE_HEADER = ("module type", "modules", "bits", "rank")
+"""Of the rows of :func:`rows_by_type`."""
+
 _MAX_OPEN_ROWS = 40
+Row = TypeVar("Row")
 
 
 def plan_table(layers: Mapping[str, BitsAndRank]) -> str:
@@ -23,12 +28,12 @@ def plan_table(layers: Mapping[str, BitsAndRank]) -> str:
     with_ranks = any(layer.rank for layer in layers.values())
     cell_format = "bits/rank" if with_ranks else "bits"
     if len(grid.columns) > MAX_COLUMNS:
-        return _table_by_type(layers)
+        return markdown_table(TYPE_HEADER, rows_by_type(layers))
     rows = []
     for row_index in range(len(grid.rows)):
         names = [grid.cells.get((row_index, column)) for column in range(len(grid.columns))]
         rows.append(tuple("" if name is None else _cell(layers[name], with_ranks) for name in names))
-    body = [(label, *cells) for label, cells in _collapsed(grid, rows)]
+    body = [(label, *cells) for label, cells in collapsed_rows(grid, rows)]
     table = markdown_table((f"layer ({cell_format})", *grid.columns), body)
     if len(body) <= _MAX_OPEN_ROWS:
         return table
@@ -39,8 +44,16 @@ def _cell(layer: BitsAndRank, with_rank: bool) -> str:
     return f"{layer.bits}/{layer.rank}" if with_rank else str(layer.bits)
 
 
-def _collapsed(grid: PlanGrid, rows: Sequence[tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Runs of equal layers in one row, such as ``0-7``."""
+def collapsed_rows(grid: PlanGrid, rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    """Runs of equal layers in one row.
+
+    Args:
+        grid: of the modules.
+        rows: what is shown of each layer, in the order of the grid's rows.
+
+    Returns:
+        Label, such as ``"0-7"``, and row of every run.
+    """
     labels = grid.row_labels
     runs: list[list[int]] = []
     for index, cells in enumerate(rows):
@@ -61,16 +74,16 @@ def _are_neighbours(grid: PlanGrid, first: int, second: int) -> bool:
     return one.prefix == other.prefix and other.number == one.number + 1
 
 
-def _table_by_type(layers: Mapping[str, BitsAndRank]) -> str:
+def rows_by_type(layers: Mapping[str, BitsAndRank]) -> list[tuple[str, str, str, str]]:
+    """One row for every type of module: its name with ``*`` for numbers, how many, and the range of bits and ranks."""
     groups: dict[str, list[BitsAndRank]] = {}
     for name, layer in layers.items():
         kind = ".".join("*" if part.isdecimal() else part for part in name.split("."))
         groups.setdefault(kind, []).append(layer)
-    rows = [
+    return [
         (kind, str(len(group)), _range(layer.bits for layer in group), _range(layer.rank for layer in group))
         for kind, group in groups.items()
     ]
-    return markdown_table(("module type", "modules", "bits", "rank"), rows)
 
 
 def _range(values: Iterable[int]) -> str:

@@ -23,7 +23,9 @@ class ModelArguments:
         attn_implementation: as in ``from_pretrained``.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of the base model."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the base model.", "metavar": "ID_OR_DIR"}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base model."})
     dtype: str = field(
         default="auto",
@@ -32,7 +34,9 @@ class ModelArguments:
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Such as sdpa or flash_attention_2."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Such as sdpa or flash_attention_2; transformers' choice by default."}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +53,19 @@ class DataArguments:
         test_split_size: fraction of the training data to hold out where there is no held-out data.
     """
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder of a data set."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a data set.", "metavar": "ID_OR_DIR"}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, such as train[:1000]."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    train_file: str | None = field(default=None, metadata={"help": "Local .json(l), .csv, .parquet or .txt file."})
-    eval_file: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local .json(l), .csv, .parquet or .txt file to train on.", "metavar": "FILE"}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on.", "metavar": "FILE"})
     test_split_size: float | None = field(
-        default=None, metadata={"help": "Fraction of the training data to hold out in place of other held-out data."}
+        default=None,
+        metadata={"help": "Fraction (0 to 1) of the training data to hold out in place of other held-out data."},
     )
 
     def __post_init__(self) -> None:
@@ -92,30 +101,36 @@ class AdapterArguments:
         num_calibration_sequences: training sequences that a native uniform configuration is calibrated on; 0 skips it.
     """
 
-    plan: str | None = field(default=None, metadata={"help": "Folder or hub id of a plan."})
-    bits: int | None = field(default=None, metadata={"help": "Without a plan: 2, 3, 4, 8 or 16; 4 where left out."})
+    plan: str | None = field(default=None, metadata={"help": "Folder or hub id of a plan.", "metavar": "ID_OR_DIR"})
+    bits: int | None = field(
+        default=None, metadata={"help": "Without a plan: bits per weight, 2, 3, 4, 8 or 16; 4 by default."}
+    )
     # torchrun takes --r for an abbreviation of its own flags, hence TRL's name beside PEFT's.
     r: int | None = field(
-        default=None, metadata={"help": "Without a plan: the rank; 16 where left out.", "aliases": ["--lora_r"]}
+        default=None, metadata={"help": "Without a plan: the LoRA rank; 16 by default.", "aliases": ["--lora_r"]}
     )
     quant_backend: str | None = field(
         default=None,
         metadata={
-            "help": "Without a plan: native, gptq, or bitsandbytes (4 bits: NF4; 8 bits: int8).",
+            "help": "Without a plan: native, gptq, or bitsandbytes (4 bits: NF4; 8 bits: int8); native by default.",
             "choices": list(BACKENDS),
         },
     )
-    group_size: int = field(default=64, metadata={"help": "Without a plan: weights that share a scale."})
+    group_size: int = field(default=64, metadata={"help": "Without a plan: number of weights that share a scale."})
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Without a plan: modules; all linear by default."}
+        default=None, metadata={"help": "Without a plan: modules; all linear layers but the head by default."}
     )
     lora_alpha: int | None = field(
         default=None,
-        metadata={"help": "Scaling is lora_alpha / sqrt(rank) * 16 / rank; the plan's or 8 where left out."},
+        metadata={
+            "help": "Scale of the adapters is lora_alpha / sqrt(rank) * 16 / rank; the plan's, or 8, by default."
+        },
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' input."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Fraction (0 to 1) of the adapters' inputs that is dropped."}
+    )
     num_calibration_sequences: int = field(
-        default=64, metadata={"help": "Without a plan: training sequences for calibration; 0 skips it."}
+        default=64, metadata={"help": "Without a plan: number of training sequences for calibration; 0 skips it."}
     )
 
     def __post_init__(self) -> None:

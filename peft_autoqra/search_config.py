@@ -43,36 +43,60 @@ class SearchArguments:
         InvalidPlanError: a choice or count that is no integer, or is negative or zero where one is needed.
     """
 
-    memory_budget: str = field(default="qlora-4bit-r16", metadata={"help": "Bytes, 6GB, 3.2bit, qlora-4bit-r16, ..."})
-    scope: str | None = field(default=None, metadata={"help": "What the budget limits: training or stored."})
-    bit_choices: list[int] = field(default_factory=lambda: [2, 3, 4, 8, 16], metadata={"help": "Bits to choose from."})
+    memory_budget: str = field(
+        default="qlora-4bit-r16", metadata={"help": "Bytes, 6GB, 3.2bit, qlora-4bit-r16, or 0.75*qlora-4bit-r16."}
+    )
+    scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the budget limits; by default what its form suggests.",
+            "choices": ["training", "stored"],
+        },
+    )
+    bit_choices: list[int] = field(
+        default_factory=lambda: [2, 3, 4, 8, 16], metadata={"help": "Bits per weight to choose from."}
+    )
     rank_choices: list[int] = field(
-        default_factory=lambda: [0, 4, 8, 16, 32, 64], metadata={"help": "Ranks to choose from."}
+        default_factory=lambda: [0, 4, 8, 16, 32, 64], metadata={"help": "LoRA ranks to choose from; 0 is no adapter."}
     )
-    granularity: str = field(default="module", metadata={"help": "module, fused, block or layer."})
+    granularity: str = field(
+        default="module",
+        metadata={"help": "Which modules share a decision.", "choices": ["module", "fused", "block", "layer"]},
+    )
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to plan; all linear by default."}
+        default=None, metadata={"help": "Modules to plan; all linear layers but the head by default."}
     )
-    group_size: int = field(default=64, metadata={"help": "Weights that share a quantization scale."})
+    group_size: int = field(default=64, metadata={"help": "Number of weights that share a scale."})
     quantizer: Literal["native", "gptq"] = field(
         default="native", metadata={"help": "native, or gptq: loses less, but plans and adapters are larger."}
     )
-    num_calibration_sequences: int = field(default=64, metadata={"help": "Training sequences for calibration."})
-    num_eval_sequences: int = field(default=64, metadata={"help": "Held-out sequences that a trial is scored on."})
-    max_cost: float = field(
-        default=1.0, metadata={"help": "What the search may cost, in units of one full fine-tune."}
+    num_calibration_sequences: int = field(
+        default=64, metadata={"help": "Number of training sequences for calibration."}
     )
-    max_trials: int | None = field(default=None, metadata={"help": "Trials at most."})
-    max_seconds: float | None = field(default=None, metadata={"help": "Wall-clock seconds of the search at most."})
-    max_trial_seconds: float | None = field(default=None, metadata={"help": "Seconds of one trial at most."})
-    num_seeds: int = field(default=3, metadata={"help": "Training seeds that finalists are confirmed with."})
+    num_eval_sequences: int = field(default=64, metadata={"help": "Number of held-out sequences that score a trial."})
+    max_cost: float = field(
+        default=1.0, metadata={"help": "What the search may cost, in full fine-tunes, calibration included."}
+    )
+    max_trials: int | None = field(
+        default=None, metadata={"help": "Number of trials at most; as many as max_cost allows by default."}
+    )
+    max_seconds: float | None = field(
+        default=None, metadata={"help": "Wall-clock seconds of the search at most; no limit by default."}
+    )
+    max_trial_seconds: float | None = field(
+        default=None, metadata={"help": "Seconds of one trial at most; no limit by default."}
+    )
+    num_seeds: int = field(default=3, metadata={"help": "Number of training seeds for finalists."})
     learning_rate_factors: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "Finalists are tried with the learning rate times each."}
+        default_factory=lambda: [1.0],
+        metadata={"help": "Finalists are tried with the learning rate times each factor."},
     )
     lora_alpha: int = field(
-        default=8, metadata={"help": "Adapters are scaled by lora_alpha / sqrt(rank) * 16 / rank."}
+        default=8, metadata={"help": "Scale of the adapters is lora_alpha / sqrt(rank) * 16 / rank."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where calibration is kept for later searches."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where calibration is kept; in output_dir by default.", "metavar": "DIR"}
+    )
     materialize: bool | None = field(
         default=None, metadata={"help": "Keep dense weights of every bit-width in memory; by default where they fit."}
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from peft_autoqra.errors import MemoryBudgetError
+from peft_autoqra.errors import UnreachableBudgetError
 from peft_autoqra.search_space import Candidate, SearchSpace
 
 
@@ -34,7 +34,7 @@ class SearchProblem:
         """Check shapes and that the budget can be reached.
 
         Raises:
-            MemoryBudgetError: even the smallest choice of every group is above the budget.
+            UnreachableBudgetError: even the smallest choice of every group is above the budget.
             ValueError: a table has the wrong shape or values that are not finite.
         """
         shape = (self.space.num_groups, len(self.space.bit_choices), len(self.space.rank_choices))
@@ -44,7 +44,7 @@ class SearchProblem:
             if not np.isfinite(table).all():
                 raise ValueError(f"{name} holds values that are not finite.")
         if self.smallest_bytes > self.budget_bytes:
-            raise MemoryBudgetError(
+            raise UnreachableBudgetError(
                 f"A budget of {self.budget_bytes:,} bytes cannot be reached: the smallest plan of this search space "
                 f"({self.space.bit_choices[0]} bits, rank {self.space.rank_choices[0]} everywhere) takes "
                 f"{self.smallest_bytes:,} bytes. Raise the budget or allow fewer bits or smaller ranks."

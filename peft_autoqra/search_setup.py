@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig
 
 from peft_autoqra.dense_layers import DenseLayer, dense_shape, dense_weight
-from peft_autoqra.errors import CalibrationError, MemoryBudgetError
+from peft_autoqra.errors import CalibrationError, UnreachableBudgetError
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
 from peft_autoqra.fingerprint import fingerprint_weights
@@ -144,7 +144,7 @@ class SearchSetup:
     def _check_budget(self) -> None:
         smallest = self.problem_with(self.zero_table()).smallest_trainable_bytes
         if smallest > self.budget.limit_bytes:
-            raise MemoryBudgetError(
+            raise UnreachableBudgetError(
                 f"A budget of {self.budget.limit_bytes:,} bytes leaves no room for an adapter: the smallest plan that "
                 f"can be trained takes {smallest:,} bytes. Raise the budget or allow smaller ranks."
             )

@@ -7,18 +7,21 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from peft_autoqra import BitRankPlan, cli
 from peft_autoqra.commands import parser, search, searcher_recipe, train
 from peft_autoqra.importance import calibration_bank
 from peft_autoqra.importance.error_table import ErrorTable
+from tests.commands.plans import documented_keys
 from tests.tiny_folder import SEARCH_FLAGS, TinyFolder, make_tiny_folder
 
 
@@ -40,13 +43,9 @@ def searched(tiny, tmp_path_factory) -> Path:
     return directory
 
 
-def fails_with_one_line(capsys, argv: list[str], *words: str) -> None:
-    try:
-        status = cli.main(argv)
-    except SystemExit as stopped:
-        status = stopped.code
+def fails_with_one_line(capsys, argv: list[str], *words: str, status: int = 2) -> None:
+    assert cli.main(argv) == status
     captured = capsys.readouterr()
-    assert status == 2
     line = captured.err.strip().splitlines()[-1]
     assert line.startswith("autoqra")
     assert "Traceback" not in captured.err
@@ -54,19 +53,18 @@ def fails_with_one_line(capsys, argv: list[str], *words: str) -> None:
         assert word in line
 
 
-class TestMain:
-    @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
-    def test_help_names_every_command(self, capsys, argv):
-        assert cli.main(argv) == 0
-        text = capsys.readouterr().out
-        assert all(f"\n  {command} " in text for command in cli.COMMANDS)
+def json_of(capsys, argv: list[str], documented_as: str) -> dict[str, Any]:
+    """What a command prints with ``--json``; it has the keys that the documentation names."""
+    assert cli.main([*argv, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert documented_keys(documented_as) <= document.keys()
+    return document
 
+
+class TestMain:
     def test_version(self, capsys):
         assert cli.main(["--version"]) == 0
         assert capsys.readouterr().out.startswith("autoqra 0.")
-
-    def test_unknown_command(self, capsys):
-        fails_with_one_line(capsys, ["serch"], "serch", "search")
 
     def test_interrupt_says_how_to_go_on(self, capsys, monkeypatch):
         def interrupt(argv):
@@ -75,21 +73,6 @@ class TestMain:
         monkeypatch.setattr(search, "run", interrupt)
         assert cli.main(["search"]) == 130
         assert "goes on from here" in capsys.readouterr().err
-
-    @pytest.mark.parametrize(("command", "flag"), [("search", "--memory_budget"), ("train", "--plan")])
-    def test_command_help_is_short_unless_all_is_asked_for(self, capsys, command, flag):
-        texts = []
-        for help_flag in ("--help", "--help_all"):
-            with pytest.raises(SystemExit) as stopped:
-                cli.main([command, help_flag])
-            assert stopped.value.code == 0
-            texts.append(capsys.readouterr().out)
-        short, full = texts
-        assert flag in short
-        assert "--train_file" in short
-        assert "--weight_decay" not in short
-        assert "--weight_decay" in full
-        assert short.count("\n") < 75
 
 
 class TestRecipe:
@@ -238,7 +221,7 @@ class TestBadInputs:
 
     def test_unreachable_budget_names_the_smallest(self, capsys, tiny, tmp_path):
         argv = ["search", *tiny.flags, *SEARCH_FLAGS, "--memory_budget", "9kB", "--output_dir", str(tmp_path / "out")]
-        fails_with_one_line(capsys, argv, "9,000 bytes cannot be reached", "smallest plan")
+        fails_with_one_line(capsys, argv, "9,000 bytes cannot be reached", "smallest plan", status=3)
         assert not (tmp_path / "out").exists()
 
     def test_plan_and_bits_contradict(self, capsys, tiny):
@@ -255,8 +238,11 @@ class TestBadInputs:
 class TestRuns:
     def test_dry_run_of_a_search_writes_nothing(self, capsys, tiny, tmp_path):
         argv = ["search", *tiny.flags, *SEARCH_FLAGS, "--output_dir", str(tmp_path / "out"), "--dry_run"]
+        document = json_of(capsys, argv, "search --dry_run")
+        assert document["uniform"]["8"]["total_bytes"] > document["smallest_bytes"]
         assert cli.main(argv) == 0
         text = capsys.readouterr().out
+        assert f"{document['budget_bytes']:,} bytes" in text
         assert "8 bits r=16" in text
         assert "Smallest plan" in text
         assert "trials" in text
@@ -276,6 +262,11 @@ class TestRuns:
         assert "full fine-tunes" in text
         assert "baseline" in text
         assert f"autoqra train --config {searched / 'recipe.yaml'} --plan {searched / 'plan'}" in text
+        document = json_of(capsys, ["search", "--config", str(searched / "recipe.yaml")], "search")
+        assert document["plan"] == str(searched / "plan")
+        assert document.items() >= json.loads((searched / "search_result.json").read_text()).items()
+        shown = json_of(capsys, ["show", str(searched)], "show")
+        assert shown["memory"]["total_bytes"] == document["winner"]["total_bytes"]
 
     def test_printed_next_command_trains(self, capsys, searched):
         cli.main(["search", "--config", str(searched / "recipe.yaml")])
@@ -295,12 +286,17 @@ class TestRuns:
         text = capsys.readouterr().out
         assert "average 3.00 bits and rank 4.0" in text
         assert "2 steps, about" in text
+        document = json_of(capsys, argv, "train --dry_run")
+        assert (document["num_steps"], document["average_bits"]) == (2, 3)
         assert not (tmp_path / "out").exists()
 
     def test_uniform_nf4_as_in_qlora(self, capsys, tiny, tmp_path):
         argv = ["train", *tiny.flags, "--quant_backend", "bitsandbytes", "--r", "4"]
-        assert cli.main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
+        assert cli.main([*argv, "--output_dir", str(tmp_path / "out"), "--dry_run"]) == 0
         assert "(bitsandbytes); adapters start at zero" in capsys.readouterr().out
+        document = json_of(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "train")
+        assert (document["quantizer"], document["initialization"]) == ("bitsandbytes", "zero")
+        assert document["measured"] == document["estimated"]
 
     def test_part_of_the_training_data_can_be_held_out(self, tiny, tmp_path, monkeypatch):
         seen = {}
@@ -319,6 +315,8 @@ class TestRuns:
         assert cli.main(["report", str(searched), "--output", str(tmp_path / "page.html")]) == 0
         assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
         assert "<svg" in (tmp_path / "page.html").read_text()
+        document = json_of(capsys, ["report", str(searched), "--output", str(tmp_path / "again.html")], "report")
+        assert document["report"] == str(tmp_path / "again.html")
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +334,9 @@ class TestCalibrate:
         text = capsys.readouterr().out
         assert f"{table.rises[:, table.bit_choices.index(2), 0].sum():.4g}" in text
         monkeypatch.setattr(calibration_bank, "calibrate", lambda *_, **__: pytest.fail("measured again"))
+        document = json_of(capsys, ["calibrate", *flags], "calibrate")
+        rises = {(entry["bits"], entry["rank"]): entry["rise"] for entry in document["uniform_rises"]}
+        assert rises[2, 0] == pytest.approx(table.rises[:, table.bit_choices.index(2), 0].sum())
         assert cli.main(["search", *flags]) == 0
 
     def test_a_dry_run_tells_how_much_will_be_kept(self, tiny, calibrated, capsys, tmp_path):
@@ -344,6 +345,8 @@ class TestCalibrate:
         assert not (tmp_path / "none").exists()
         text = capsys.readouterr().out
         assert "14 modules" in text
+        document = json_of(capsys, ["calibrate", *flags, str(tmp_path / "none"), "--dry_run"], "calibrate --dry_run")
+        assert document["num_modules"] == 14
         said = [float(number.replace(",", "")) for number in re.findall(r"([\d.,]+) [kM]B", text)]
         kept = [
             sum(f.stat().st_size for f in calibrated.rglob(f"{kind}-*/**/*.safetensors"))
@@ -373,6 +376,30 @@ class TestExport:
         assert cli.main(["export", str(adapter), "--to", to, "--output_dir", str(out), "--dtype", "bfloat16"]) == 0
         assert capsys.readouterr().out == f"{out}\n"
         assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("to", ["plain-lora", "merged", "base", "gguf"])
+    def test_a_dry_run_foretells_the_files(self, capsys, adapter, tmp_path, to):
+        argv = ["export", str(adapter), "--to", to, "--output_dir", str(tmp_path / "out")]
+        assert cli.main([*argv, "--dry_run"]) == 0
+        assert "Nothing was written" in capsys.readouterr().out
+        is_checkpoint = to in ("merged", "base")
+        forecast = json_of(
+            capsys, [*argv, "--dry_run"], "export --dry_run` of merged and base" if is_checkpoint else "export"
+        )
+        assert not list(tmp_path.iterdir())
+        document = json_of(capsys, argv, "export")
+        assert set(document["file_bytes"]) == {path.name for path in (tmp_path / "out").iterdir()}
+        if is_checkpoint:
+            with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+                written = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 -- no mapping
+            assert forecast["weight_bytes"] == written
+            assert set(forecast["tokenizer_files"]) <= set(document["file_bytes"])
+        else:
+            assert forecast["file_bytes"] == {**document["file_bytes"]}
+
+    def test_a_dry_run_refuses_what_the_export_would(self, capsys, adapter):
+        argv = ["export", str(adapter), "--to", "merged", "--output_dir", str(adapter), "--dry_run"]
+        fails_with_one_line(capsys, argv, "no earlier export wrote")
 
     def test_gguf_again_into_the_same_folder(self, capsys, adapter, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from peft_autoqra.commands.folder_parsers import push_parser
+from peft_autoqra.commands.outcome import Outcome
 from peft_autoqra.commands.tables import text_table
 from peft_autoqra.hub import SharedFolder, prepare_folder, push_folder
 from peft_autoqra.hub_repository import PushTarget
 
-DESCRIPTION = (
-    "Upload a plan, an adapter or a quantized base to the Hugging Face Hub: the files that belong to it, checked "
-    "first, in one commit."
-)
 
-
-def run(argv: Sequence[str]) -> int:
-    """Complete the model card, check, list and upload, with ``--dry_run`` all but the last; returns the exit status.
+def run(argv: Sequence[str]) -> Outcome:
+    """Complete the model card, check, list and upload, with ``--dry_run`` all but the last.
 
     Raises:
         AutoQRAError: there is nothing whole to share, or the hub refuses or cannot be reached.
     """
-    options = _parser().parse_args(argv)
+    options = push_parser().parse_args(argv)
     target = PushTarget(
         repo_id=options.repo_id,
         revision=options.revision,
@@ -34,30 +29,20 @@ def run(argv: Sequence[str]) -> int:
     shared = prepare_folder(options.folder)
     for warning in shared.warnings:
         print(f"autoqra push: warning: {warning}", file=sys.stderr)  # noqa: T201
-    print(_listing(shared))  # noqa: T201
+    figures = {
+        "dry_run": options.dry_run,
+        "repo_id": options.repo_id,
+        "kinds": list(shared.kinds),
+        "file_bytes": shared.file_bytes,
+        "left_out": list(shared.left_out),
+        "warnings": list(shared.warnings),
+    }
     if options.dry_run:
-        print(f"Nothing was uploaded to {options.repo_id}: dry run.")  # noqa: T201
-        return 0
+        text = f"{_listing(shared)}\nNothing was uploaded to {options.repo_id}: dry run."
+        return Outcome(text, {**figures, "commit_url": None, "pr_url": None})
     commit = push_folder(shared, target, options.commit_message)
-    print(commit.pr_url or commit.commit_url)  # noqa: T201
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="autoqra push", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a plan, an adapter or a quantized base")
-    parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME", help="repository; made where missing")
-    parser.add_argument("--private", action="store_true", help="a repository that is made is seen by its owner only")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch, made where missing; the main branch by default")
-    parser.add_argument("--commit_message", metavar="TEXT", help="what is uploaded by default")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--token", help="hub token; the one of `hf auth login`, or $HF_TOKEN, by default")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="complete the card, check and list; upload nothing",
-    )
-    return parser
+    urls = {"commit_url": str(commit.commit_url), "pr_url": commit.pr_url}
+    return Outcome(f"{_listing(shared)}\n{commit.pr_url or commit.commit_url}", figures | urls)
 
 
 def _listing(shared: SharedFolder) -> str:

@@ -4,36 +4,45 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from peft_autoqra.commands.outcome import Outcome
 from peft_autoqra.commands.parser import RECIPE_FILE
 from peft_autoqra.commands.searcher_recipe import read_searcher
-from peft_autoqra.commands.tables import memory_table, text_table
+from peft_autoqra.commands.tables import memory_data, memory_table, text_table
 from peft_autoqra.report import write_report
 from peft_autoqra.search_result import PLAN_FOLDER, ComparedPlan, SearchResult
 from peft_autoqra.searcher import SearchEstimate
 from peft_autoqra.units import format_bytes, format_seconds
 
-DESCRIPTION = "Find the weight bits and LoRA rank of every layer within a memory budget. A stopped search goes on."
 
-
-def run(argv: Sequence[str]) -> int:
-    """Search, or estimate with ``--dry_run``; returns the exit status.
+def run(argv: Sequence[str]) -> Outcome:
+    """Search, or estimate with ``--dry_run``.
 
     Raises:
         AutoQRAError: settings, data, model or output directory cannot be used.
     """
-    searcher, recipe, options = read_searcher("search", DESCRIPTION, argv)
+    searcher, recipe, options = read_searcher("search", argv)
     if options.dry_run:
-        print(estimate_text(searcher.estimate()))  # noqa: T201
-        return 0
+        estimate = searcher.estimate()
+        return Outcome(estimate_text(estimate), {"dry_run": True, **estimate_data(estimate)})
     result = searcher.run()
     directory = searcher.output_dir
     recipe.save(directory)
     report = write_report(directory)
-    print(result_text(result, directory))  # noqa: T201
-    print(f"report  {report}\nnext    {_next_command(directory)}")  # noqa: T201
-    return 0
+    text = f"{result_text(result, directory)}\nreport  {report}\nnext    {_next_command(directory)}"
+    paths = {"output_dir": str(directory), "plan": str(directory / PLAN_FOLDER), "report": str(report)}
+    return Outcome(text, {"dry_run": False, **paths, **result.summary()})
+
+
+def estimate_data(estimate: SearchEstimate) -> dict[str, Any]:
+    """What a dry run gives to programs."""
+    figures = asdict(estimate)
+    figures["ladder"] = estimate.ladder.to_dict()
+    figures["uniform"] = {str(bits): memory_data(memory) for bits, memory in estimate.uniform.items()}
+    return figures
 
 
 def estimate_text(estimate: SearchEstimate) -> str:

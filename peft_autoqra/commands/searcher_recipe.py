@@ -5,30 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from trl import SFTConfig
-
-from peft_autoqra.commands.parser import CommandOptions, ParsedRecipe, RecipeParser
-from peft_autoqra.recipe import DataArguments, ModelArguments
+from peft_autoqra.commands.parser import ParsedRecipe, RecipeParser
+from peft_autoqra.commands.recipe_flags import CommandOptions
 from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
-from peft_autoqra.search_config import AutoQRASearchConfig, SearchArguments
+from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.searcher import AutoQRASearcher
 
 
-def read_searcher(
-    command: str, description: str, argv: Sequence[str]
-) -> tuple[AutoQRASearcher, ParsedRecipe, CommandOptions]:
+def read_searcher(command: str, argv: Sequence[str]) -> tuple[AutoQRASearcher, ParsedRecipe, CommandOptions]:
     """Read recipe and flags, load model and data, and check them against each other.
 
     Args:
         command: such as ``"search"``.
-        description: of the command, for its help.
         argv: its flags.
 
     Raises:
         AutoQRAError: settings, data, model or output directory cannot be used.
     """
-    types = (ModelArguments, DataArguments, SearchArguments, SFTConfig)
-    recipe = RecipeParser(command, types, description=description, output_dir="search-out").parse(argv)
+    recipe = RecipeParser(command).parse(argv)
     model_args, data_args, search_args, args, options = recipe.settings
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
     searcher = AutoQRASearcher(

@@ -47,3 +47,10 @@ def memory_table(columns: Mapping[str, MemoryEstimate], *, exact: bool = False) 
     rows.append(["stored", *(show(memory.stored_bytes) for memory in columns.values())])
     rows.append(["training", *(show(memory.total_bytes) for memory in columns.values())])
     return text_table(["bytes" if exact else "memory", *columns], rows)
+
+
+def memory_data(memory: MemoryEstimate | None) -> dict[str, int] | None:
+    """Bytes by part and their sums, for programs."""
+    if memory is None:
+        return None
+    return {**memory.to_dict(), "stored_bytes": memory.stored_bytes, "total_bytes": memory.total_bytes}

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from trl import SFTConfig
 
+from peft_autoqra.commands.outcome import Outcome
 from peft_autoqra.commands.parser import RecipeParser
 from peft_autoqra.commands.tables import memory_table
 from peft_autoqra.hub import prepare_folder, push_folder
 from peft_autoqra.hub_repository import PushTarget, opened
-from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments
 from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
 from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult
 from peft_autoqra.units import format_seconds
 
-DESCRIPTION = "Fine-tune with a plan, or with the same bits and rank everywhere, and save the adapter."
 
-
-def run(argv: Sequence[str]) -> int:
-    """Fine-tune, or estimate with ``--dry_run``; returns the exit status.
+def run(argv: Sequence[str]) -> Outcome | None:
+    """Fine-tune, or estimate with ``--dry_run``; in a run of many processes the first one alone has something to say.
 
     Raises:
         AutoQRAError: settings, data, model or plan cannot be used.
     """
-    parser = RecipeParser(
-        "train",
-        (ModelArguments, DataArguments, AdapterArguments, SFTConfig),
-        description=DESCRIPTION,
-        output_dir="adapter",
-    )
-    recipe = parser.parse(argv)
+    recipe = RecipeParser("train").parse(argv)
     model_args, data_args, adapter_args, args, options = recipe.settings
     target = _push_target(args)
     if options.dry_run:
@@ -52,12 +46,32 @@ def run(argv: Sequence[str]) -> int:
             adapter=adapter_args,
         )
     )
-    text = estimate_text(finetune, finetune.estimate()) if options.dry_run else result_text(finetune, finetune.run())
-    if finetune.is_main_process:
-        print(text)  # noqa: T201
-        if target is not None and not options.dry_run:
-            print(f"pushed   {push_folder(prepare_folder(args.output_dir), target).commit_url}")  # noqa: T201
-    return 0
+    if options.dry_run:
+        estimate = finetune.estimate()
+        outcome = Outcome(
+            estimate_text(finetune, estimate), {"dry_run": True, **_plan_data(finetune), **asdict(estimate)}
+        )
+        return outcome if finetune.is_main_process else None
+    result = finetune.run()
+    if not finetune.is_main_process:
+        return None
+    text, pushed = result_text(finetune, result), None
+    if target is not None:
+        pushed = push_folder(prepare_folder(args.output_dir), target).commit_url
+        text += f"\npushed   {pushed}"
+    return Outcome(text, {"dry_run": False, **_plan_data(finetune), **result.to_dict(), "pushed_to": pushed})
+
+
+def _plan_data(finetune: FineTune) -> dict[str, Any]:
+    plan = finetune.plan
+    return {
+        "num_modules": len(plan),
+        "average_bits": plan.average_bits,
+        "average_rank": plan.average_rank,
+        "quantizer": plan.quantizer.backend,
+        "initialization": plan.initialization,
+        "estimated": finetune.estimated.to_dict() if finetune.estimated else None,
+    }
 
 
 def _push_target(args: SFTConfig) -> PushTarget | None:

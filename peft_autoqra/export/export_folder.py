@@ -33,14 +33,14 @@ def export_folder(output_dir: str | Path, export_format: ExportFormat) -> Iterat
         ExportError: ``output_dir`` holds something that is not an earlier export, or cannot be written or replaced.
     """
     directory = Path(output_dir).resolve()
-    _check_replaceable(directory)
+    check_replaceable(directory)
     temporary = _make_folder_beside(directory)
     new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir()
         yield new
         _write_marker(new, export_format)
-        _check_replaceable(directory)  # again: much may have happened since
+        check_replaceable(directory)  # again: much may have happened since
         _replace(directory, new, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -98,7 +98,12 @@ def _write_marker(folder: Path, export_format: ExportFormat) -> None:
     (folder / MARKER_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
+    """Whether an export may take a folder's place.
+
+    Raises:
+        ExportError: it holds something that is not an earlier export, or cannot be replaced.
+    """
     if not directory.exists():
         return
     if not directory.is_dir():

@@ -6,18 +6,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from peft_autoqra.beside_models import TOKENIZER_FILES
 from peft_autoqra.errors import ExportError, InvalidPlanError, PlanMismatchError
 from peft_autoqra.export.adapter_config import read_adapter_config
-from peft_autoqra.export.export_folder import export_folder
+from peft_autoqra.export.export_folder import check_replaceable, export_folder
 from peft_autoqra.hub_files import locate_file
 from peft_autoqra.plan_file import ADAPTER_FILE
 from peft_autoqra.tuner.model import dequantize_base
@@ -64,6 +65,57 @@ def export_dequantized_base(
     with export_folder(output_dir, "base") as folder:
         source = _find(str(adapter), model_name_or_path)
         _save(_load(source, dtype, _dequantized), source, dtype, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointForecast:
+    """What writing a checkpoint will take.
+
+    Attributes:
+        base: folder or hub id of the base that will be loaded.
+        dtype: of the weights that will be written.
+        weight_bytes: of them; embeddings that the adapter enlarges are not counted.
+        tokenizer_files: that will be copied.
+    """
+
+    base: str
+    dtype: torch.dtype
+    weight_bytes: int
+    tokenizer_files: tuple[str, ...]
+
+
+def forecast_checkpoint(
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    model_name_or_path: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> CheckpointForecast:
+    """What :func:`export_merged_model` and :func:`export_dequantized_base` would write; no weight is loaded.
+
+    Arguments are theirs.
+
+    Raises:
+        ExportError: no AutoQRA adapter, the base is not there, or ``output_dir`` holds other files.
+        HubError: the adapter's repository does not exist, gives no access or cannot be reached.
+    """
+    check_replaceable(Path(output_dir).resolve())
+    source = _find(str(adapter), model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+        with torch.device("meta"):
+            model = _auto_class(source).from_config(config)
+    except (OSError, ValueError, ImportError) as error:
+        raise ExportError(
+            f"The configuration of the base model {source.base!r} cannot be loaded: {_first_line(error)}"
+        ) from error
+    written = dtype or config.dtype or torch.float32
+    return CheckpointForecast(
+        base=source.base,
+        dtype=written,
+        weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * written.itemsize,
+        tokenizer_files=tuple(source.tokenizer_files),
+    )
 
 
 @dataclass(frozen=True)
@@ -141,11 +193,14 @@ def _load_in(
 
 
 def _load_base(source: _Source, dtype: torch.dtype | str) -> PreTrainedModel:
-    auto_class = AutoModelForSeq2SeqLM if source.task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
     try:
-        return auto_class.from_pretrained(source.base, revision=source.revision, dtype=dtype)
+        return _auto_class(source).from_pretrained(source.base, revision=source.revision, dtype=dtype)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ExportError(f"The base model {source.base!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _auto_class(source: _Source) -> Any:
+    return AutoModelForSeq2SeqLM if source.task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
 
 
 def _first_line(error: Exception) -> str:

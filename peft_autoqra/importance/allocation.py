@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
-from peft_autoqra.errors import AutoQRAError, MemoryBudgetError
+from peft_autoqra.errors import AutoQRAError, UnreachableBudgetError
 from peft_autoqra.search_problem import SearchProblem
 from peft_autoqra.search_space import Candidate
 
@@ -64,12 +64,12 @@ def allocate(problem: SearchProblem, budget_bytes: int | None = None) -> Candida
         budget_bytes: limit of the total bytes; the problem's own by default.
 
     Raises:
-        MemoryBudgetError: the budget is below the smallest candidate.
+        UnreachableBudgetError: the budget is below the smallest candidate.
         AllocationError: not solved within the time limit.
     """
     budget = problem.budget_bytes if budget_bytes is None else budget_bytes
     if budget < problem.smallest_bytes:
-        raise MemoryBudgetError(
+        raise UnreachableBudgetError(
             f"A budget of {budget:,} bytes cannot be reached: the smallest plan of this search space takes "
             f"{problem.smallest_bytes:,} bytes. Raise the budget or allow fewer bits or smaller ranks."
         )
@@ -83,7 +83,7 @@ def pareto_allocations(problem: SearchProblem, budgets: Sequence[int]) -> list[C
     """The exact allocation of every budget (total bytes), in the order given.
 
     Raises:
-        MemoryBudgetError: a budget is below the smallest candidate.
+        UnreachableBudgetError: a budget is below the smallest candidate.
         AllocationError: one was not solved within the time limit.
     """
     return [allocate(problem, budget) for budget in budgets]

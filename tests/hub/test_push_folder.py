@@ -18,13 +18,14 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BaseModelInfo, BitRankPlan, cli
+from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BaseModelInfo, BitRankPlan, LayerPlan, cli
 from peft_autoqra.errors import HubError, InvalidPlanError
 from peft_autoqra.hub import ADAPTER, PLAN, QUANTIZED_BASE, prepare_folder, push_folder
 from peft_autoqra.hub_repository import PushTarget
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE
 from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE
 from peft_autoqra.plan_picture import PICTURE_FILE
+from tests.commands.plans import documented_keys
 from tests.conftest import TinyLlamaFactory
 from tests.hostile_files import nested
 from tests.hub.conftest import OTHER, Hub
@@ -444,6 +445,35 @@ def test_the_command_prints_what_goes_up_and_where(hub: Hub, plan_folder: Path, 
     assert "left out: .git/, autoqra_other.safetensors, checkpoint-2/" in captured.out
 
 
+def test_the_document_of_the_command(hub: Hub, plan_folder: Path, capsys) -> None:
+    argv = ["push", str(plan_folder), "--repo_id", "me/plan", "--json"]
+    assert cli.main([*argv, "--dry_run"]) == 0
+    dry = json.loads(capsys.readouterr().out)
+    assert cli.main(argv) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document.keys() == dry.keys() == documented_keys("push")
+    files = hub.server.repository("me/plan").files()
+    assert document["file_bytes"] == dry["file_bytes"] == {name: len(content) for name, content in files.items()}
+    assert (document["kinds"], dry["commit_url"]) == (["plan"], None)
+    assert document["commit_url"].endswith(hub.server.repository("me/plan").find("main").sha)
+
+
+def test_plans_of_the_hub_are_shown_and_compared(hub: Hub, plan_folder: Path, capsys) -> None:
+    plan = BitRankPlan.from_pretrained(plan_folder)
+    plan.push_to_hub("me/plan")
+    plan.replace(layers={name: LayerPlan(8, layer.rank) for name, layer in plan.items()}).push_to_hub(
+        "me/plan", revision="dev"
+    )
+    hub.server.state.requests.clear()
+    assert cli.main(["compare", "me/plan", "me/plan@dev", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [document[side]["place"] for side in ("first", "second")] == ["me/plan", "me/plan@dev"]
+    assert {change["second"] for change in document["bits_changes"]} == {8}
+    assert not any("calibration" in request.line for request in hub.server.requests())  # it may be large
+    assert cli.main(["show", "me/nothing"]) == 4
+    assert "me/nothing" in capsys.readouterr().err
+
+
 def test_a_dry_run_asks_the_hub_nothing(hub: Hub, plan_folder: Path, capsys) -> None:
     assert cli.main(["push", str(plan_folder), "--repo_id", "me/plan", "--dry_run"]) == 0
     assert "dry run" in capsys.readouterr().out
@@ -468,20 +498,23 @@ def test_warnings_of_the_command(hub: Hub, adapter_folder: Path, capsys) -> None
 
 
 @pytest.mark.parametrize(
-    ("damage", "flags", "words"),
+    ("damage", "flags", "status", "words"),
     [
-        (lambda f: cut(f / PLAN_FILE), [], ["damaged"]),
-        (lambda f: None, ["--create_pr", "--revision", "dev"], ["leave out revision='dev'"]),
-        (lambda f: None, ["--token", "hf_expired"], ["me/plan", "401"]),
-        (lambda f: None, ["--repo_id", "other/plan"], ["other/plan", "403"]),
-        (lambda f: None, ["--repo_id", "not a name"], ["'not a name' is no repository name"]),
-        (lambda f: None, ["--privat"], ["--privat"]),
-        (lambda f: shutil.rmtree(f), [], ["There is no folder"]),
+        (lambda f: cut(f / PLAN_FILE), [], 2, ["damaged"]),
+        (lambda f: None, ["--create_pr", "--revision", "dev"], 4, ["leave out revision='dev'"]),
+        (lambda f: None, ["--token", "hf_expired"], 4, ["me/plan", "401"]),
+        (lambda f: None, ["--repo_id", "other/plan"], 4, ["other/plan", "403"]),
+        (lambda f: None, ["--repo_id", "not a name"], 4, ["'not a name' is no repository name"]),
+        (lambda f: None, ["--privat"], 2, ["--privat"]),
+        (lambda f: shutil.rmtree(f), [], 2, ["There is no folder"]),
     ],
 )
-def test_mistakes_are_one_line_and_make_nothing(hub: Hub, plan_folder: Path, capsys, damage, flags, words) -> None:
+def test_mistakes_are_one_line_and_make_nothing(
+    hub: Hub, plan_folder: Path, capsys, damage, flags, status, words
+) -> None:
     damage(plan_folder)
-    fails_with_one_line(capsys, ["push", str(plan_folder), "--repo_id", "me/plan", *flags], *words)
+    argv = ["push", str(plan_folder), "--repo_id", "me/plan", *flags]
+    fails_with_one_line(capsys, argv, *words, status=status)
     assert not hub.server.state.repositories
 
 

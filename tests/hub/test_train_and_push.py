@@ -46,7 +46,7 @@ def test_a_refused_push_is_known_before_training(
     hub: Hub, tiny: TinyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.log_in(None)
-    assert cli.main(flags(tiny, tmp_path / "adapter")) == 2
+    assert cli.main(flags(tiny, tmp_path / "adapter")) == 4
     assert "token" in capsys.readouterr().err
     assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
