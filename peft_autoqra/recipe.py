@@ -90,6 +90,7 @@ class AdapterArguments:
         lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank) * 16 / rank``; None takes the plan's, else 8.
         lora_dropout: as in ``LoraConfig``.
         num_calibration_sequences: training sequences that a native uniform configuration is calibrated on; 0 skips it.
+        stream: quantize by the plan while the model is read, and never hold the unquantized one.
     """
 
     plan: str | None = field(default=None, metadata={"help": "Folder or hub id of a plan."})
@@ -116,6 +117,10 @@ class AdapterArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' input."})
     num_calibration_sequences: int = field(
         default=64, metadata={"help": "Without a plan: training sequences for calibration; 0 skips it."}
+    )
+    stream: bool = field(
+        default=True,
+        metadata={"help": "With a plan: quantize while the model is read, and never hold it unquantized."},
     )
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         try:
             namespace = self._parse_namespace(argv)
             given = self._given(namespace)
-            namespace.use_cpu = namespace.use_cpu or _must_use_cpu(namespace.bf16)
+            namespace.use_cpu = namespace.use_cpu or _must_use_cpu()
             settings = tuple(self._make(dataclass_type, namespace) for dataclass_type in self.dataclass_types)
         except (OSError, TypeError, ValueError) as error:
             self.error(str(error))
@@ -228,11 +228,13 @@ def _topics(parser: Any, *, show_all: bool) -> list[tuple[str, set[str]]]:
     return topics
 
 
-def _must_use_cpu(bf16: bool | None) -> bool:
-    """Apple's MPS lacks float64; and without a GPU SFTConfig wants to be told before it takes its default, bf16."""
+def _must_use_cpu() -> bool:
+    """Apple's MPS lacks float64; and without a GPU two things want to be told: SFTConfig, whose default is bf16, and
+    accelerate, for which several processes train together on CPUs only then.
+    """
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator().type == "mps"  # type: ignore[union-attr]
-    return bf16 is None
+    return True
 
 
 def _split_config(argument: str) -> list[str]:
