@@ -24,6 +24,7 @@ from peft_autoqra.uniform_plan import uniform_plan
 
 if TYPE_CHECKING:
     from peft_autoqra.importance.calibrated_plan import calibrate_plan
+    from peft_autoqra.memory_callback import MemoryBudgetCallback
     from peft_autoqra.search_result import SearchResult
     from peft_autoqra.searcher import AutoQRASearcher
 
@@ -36,6 +37,7 @@ __all__ = [
     "BitRankPlan",
     "Fidelity",
     "LayerPlan",
+    "MemoryBudgetCallback",
     "MemoryEstimate",
     "MemoryModel",
     "QuantLoRAModel",
@@ -53,6 +55,7 @@ __all__ = [
 # Imported at first use: who only loads an adapter needs neither TRL nor BoTorch.
 _LAZY = {
     "AutoQRASearcher": "peft_autoqra.searcher",
+    "MemoryBudgetCallback": "peft_autoqra.memory_callback",
     "SearchResult": "peft_autoqra.search_result",
     "calibrate_plan": "peft_autoqra.importance.calibrated_plan",
 }

@@ -15,11 +15,12 @@ from peft_autoqra.quant.nf4 import NF4Linear
 
 
 def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
-    """Make bitsandbytes' 4-bit layers such that FSDP2 shards them; call it before ``trainer.train()``.
+    """Make a model such that FSDP2 shards all of it; call it before ``trainer.train()``.
 
-    FSDP2 leaves codes in bytes whole in every process. Seen as a floating dtype the same bytes are shared out, as long
-    as it is the dtype that mixed precision would convert to, so that nothing is converted. The scales stay whole.
-    Native layers need nothing. Does nothing without FSDP2.
+    accelerate leaves bitsandbytes' 4-bit codes whole in every process, as bytes. Seen as a floating dtype they are
+    shared out; it is the one that mixed precision would convert to, so that nothing is converted. Their scales stay
+    whole. Adapters without values get some, as accelerate finds the optimizer's parameters by their addresses; the first
+    process then sends the true ones. Native layers need nothing. Does nothing without FSDP2.
 
     Args:
         model: with adapters.
@@ -32,6 +33,9 @@ def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     for layer in model.modules():
         if isinstance(layer, NF4Linear):
             layer.store_codes_as(dtype, accelerator.device)
+        for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter.is_meta:
+                layer.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
 
 
 def whole_trained_tensors(model: nn.Module) -> dict[str, Tensor]:
