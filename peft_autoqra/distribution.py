@@ -29,7 +29,8 @@ class Distribution:
         strategy: ``"ddp"``: each holds the whole model; ``"fsdp2"``: each holds a part of every layer.
         num_processes: on all machines.
         process_index: of this one; 0 writes and prints.
-        first_process_reads: the others get their parts of the base model from the first one, and hold no weights before.
+        first_process_reads: the others get their parts of the base model from the first one, and hold no weights
+            before.
     """
 
     strategy: Strategy = "single"
@@ -91,8 +92,8 @@ def find_distribution(args: TrainingArguments) -> Distribution:
     num_processes = int(args.world_size)
     if int(os.environ.get("WORLD_SIZE", "1")) > num_processes:
         raise DistributionError(
-            f"The launcher started {os.environ['WORLD_SIZE']} processes, but accelerate finds no device that they could "
-            "train together on. On CPUs set use_cpu: true in the recipe."
+            f"The launcher started {os.environ['WORLD_SIZE']} processes, but accelerate finds no device that they "
+            "could train together on. On CPUs set use_cpu: true in the recipe."
         )
     if args.n_gpu > 1:
         raise DistributionError(
@@ -105,7 +106,7 @@ def find_distribution(args: TrainingArguments) -> Distribution:
         return Distribution(strategy="ddp" if num_processes > 1 else "single", **place)  # type: ignore[arg-type]
     _check_fsdp(args)
     reads_once = num_processes > 1 and _first_process_reads(args)
-    return Distribution(strategy="fsdp2", first_process_reads=reads_once, **place)  # type: ignore[arg-type]
+    return Distribution(strategy="fsdp2", first_process_reads=reads_once, **place)
 
 
 def every_process_reads(distribution: Distribution, args: TrainingArguments) -> Distribution:
@@ -135,8 +136,8 @@ def _check_fsdp(args: TrainingArguments) -> None:
         )
     if PartialState().distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise DistributionError(
-            "accelerate shards a model over GPUs (FSDP) and not over CPUs: every process would hold all of it. Use DDP, "
-            "as in examples/accelerate/cpu_two_processes.yaml."
+            "accelerate shards a model over GPUs (FSDP) and not over CPUs: every process would hold all of it. Use "
+            "DDP, as in examples/accelerate/cpu_two_processes.yaml."
         )
 
 

@@ -35,8 +35,8 @@ class MemoryBudgetCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         trainer: of a model with an AutoQRA adapter.
-        budget: bytes that training may take in one process, or a :class:`~peft_autoqra.memory.MemoryBudget`. None takes
-            the budget that the plan was searched for; without one nothing is warned of.
+        budget: bytes that training may take in one process, or a :class:`~peft_autoqra.memory.MemoryBudget`. None
+            takes the budget that the plan was searched for; without one nothing is warned of.
 
     Attributes:
         measured: bytes by part; None before the first optimizer step.
@@ -91,11 +91,13 @@ class MemoryBudgetCallback(TrainerCallback):  # type: ignore[misc]
 
 def _plan_of(trainer: Trainer) -> BitRankPlan:
     configs = getattr(trainer.model, "peft_config", {})
-    plans = [config.plan for config in configs.values() if isinstance(config, AutoQRAConfig) and config.plan is not None]
+    plans: list[BitRankPlan] = [
+        config.plan for config in configs.values() if isinstance(config, AutoQRAConfig) and config.plan is not None
+    ]
     if not plans:
         raise InvalidPlanError(
-            "The trainer's model has no AutoQRA adapter; wrap it with get_peft_model(model, AutoQRAConfig(...)), or give "
-            "the trainer peft_config=AutoQRAConfig(...)."
+            "The trainer's model has no AutoQRA adapter; wrap it with get_peft_model(model, AutoQRAConfig(...)), or "
+            "give the trainer peft_config=AutoQRAConfig(...)."
         )
     return plans[0]
 
@@ -120,9 +122,9 @@ def _warn_if_over(measured: MemoryEstimate, budget: MemoryBudget) -> None:
         parts |= {"gradients": measured.gradient_bytes, "optimizer": measured.optimizer_bytes}
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
     warnings.warn(
-        f"The fine-tune holds {format_bytes(held)} ({listed}), {format_bytes(held - budget.limit_bytes)} more than its "
-        f"budget of {format_bytes(budget.limit_bytes)}. Use the dtype and the optimizer that the plan was searched with, "
-        "or search one for a smaller memory_budget.",
+        f"The fine-tune holds {format_bytes(held)} ({listed}), {format_bytes(held - budget.limit_bytes)} more than "
+        f"its budget of {format_bytes(budget.limit_bytes)}. Use the dtype and the optimizer that the plan was "
+        "searched with, or search one for a smaller memory_budget.",
         MemoryBudgetWarning,
         stacklevel=2,
     )

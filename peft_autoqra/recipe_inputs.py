@@ -36,7 +36,7 @@ def load_base_model(
 
     Raises:
         RecipeError: no model is named, or it cannot be loaded.
-        InvalidPlanError: it cannot be quantized as the configuration says.
+        AutoQRAError: it cannot be quantized as the configuration says.
     """
     settings = dict(args.model_init_kwargs or {})
     if quantization_config is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
 
     accelerate leaves bitsandbytes' 4-bit codes whole in every process, as bytes. Seen as a floating dtype they are
     shared out; it is the one that mixed precision would convert to, so that nothing is converted. Their scales stay
-    whole. Adapters without values get some, as accelerate finds the optimizer's parameters by their addresses; the first
-    process then sends the true ones. Native layers need nothing. Does nothing without FSDP2.
+    whole. The model's outputs stay as they are, as accelerate would round the loss to bfloat16. Adapters without values get some, as accelerate finds the optimizer's parameters by their addresses; the
+    first process then sends the true ones. Native layers need nothing. Does nothing without FSDP2.
 
     Args:
         model: with adapters.
@@ -28,8 +29,11 @@ def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     """
     if not accelerator.is_fsdp2:
         return
-    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
-    dtype = getattr(policy, "param_dtype", None) or torch.bfloat16
+    plugin = accelerator.state.fsdp_plugin
+    dtype = torch.bfloat16
+    if plugin.mixed_precision_policy is not None:
+        dtype = plugin.mixed_precision_policy.param_dtype or dtype
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
     for layer in model.modules():
         if isinstance(layer, NF4Linear):
             layer.store_codes_as(dtype, accelerator.device)

@@ -31,6 +31,7 @@ from peft_autoqra.portable_trainer import PortableTrainer
 from peft_autoqra.recipe import AdapterArguments, RecipeError
 from peft_autoqra.streaming.empty_layers import empty_dense_model
 from peft_autoqra.streaming.hf_quantizer import empty_base, note_base
+from peft_autoqra.streaming.quant_config import METHOD
 from peft_autoqra.tuner.adapter_card import FineTuneFigures
 from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.preparation import quantize_base
@@ -239,7 +240,7 @@ class FineTune:
         return max(known, key=lambda memory: memory.total_bytes) if known else None
 
 
-class _CardTrainer(PortableTrainer):  # type: ignore[misc]
+class _CardTrainer(PortableTrainer):
     """Adds the plan and the figures to the model card, which SFTTrainer writes anew with every checkpoint and push."""
 
     finetune_figures: FineTuneFigures | None = None
@@ -265,7 +266,9 @@ def _checkpoint(args: SFTConfig) -> str | None:
             raise RecipeError(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir}; leave it out.")
         return str(found)
     if not Path(wanted, TRAINER_STATE_NAME).is_file():
-        raise RecipeError(f"resume_from_checkpoint: {wanted} is no folder of a checkpoint, such as adapter/checkpoint-500.")
+        raise RecipeError(
+            f"resume_from_checkpoint: {wanted} is no folder of a checkpoint, such as adapter/checkpoint-500."
+        )
     return str(wanted)
 
 
@@ -281,10 +284,10 @@ def _named_plan(inputs: FineTuneInputs) -> BitRankPlan | None:
 
 def _own_model(inputs: FineTuneInputs, distribution: Distribution) -> PreTrainedModel:
     """The model that was given; where the first process alone has one, one like it without values."""
+    model: Any = inputs.model
     if not distribution.first_process_reads:
-        return inputs.model
-    model = inputs.model
-    config, dtype = distribution.shared(lambda: (model.config, model.dtype))  # type: ignore[union-attr]
+        return model
+    config, dtype = distribution.shared(lambda: (model.config, model.dtype))
     if distribution.is_main_process:
         return model
 
@@ -316,14 +319,20 @@ def _share_base(model: PreTrainedModel, plan: BitRankPlan, distribution: Distrib
 
 @contextmanager
 def _taken_for_unquantized(model: PreTrainedModel) -> Iterator[None]:
-    """For a trainer that only prepares data: transformers allows none for a quantized model before it has adapters."""
-    was_quantized = getattr(model, "is_quantized", False)
-    if was_quantized:
+    """For a trainer that only prepares data: transformers allows none for a quantized model before it has adapters.
+
+    Only one that was quantized while it was read: the plan does not apply to a checkpoint that holds codes.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    is_streamed = (
+        quantizer is not None and quantizer.quantization_config.quant_method == METHOD and not quantizer.pre_quantized
+    )
+    if is_streamed:
         model.is_quantized = False
     try:
         yield
     finally:
-        if was_quantized:
+        if is_streamed:
             model.is_quantized = True
 
 

@@ -22,7 +22,7 @@ def test_a_process_alone(args):
 
 def test_processes_that_do_not_know_of_each_other_are_refused(args, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DistributionError, match="started 2 processes.*use_cpu: true"):
+    with pytest.raises(DistributionError, match=r"started 2 processes.*use_cpu: true"):
         find_distribution(args)
 
 
@@ -37,7 +37,7 @@ def test_fsdp1_is_refused_and_is_what_accelerate_takes_without_a_version(args, m
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     if version is not None:
         monkeypatch.setenv("FSDP_VERSION", version)
-    with pytest.raises(DistributionError, match="FSDP1 joins.*fsdp2.yaml"):
+    with pytest.raises(DistributionError, match=r"FSDP1 joins.*fsdp2.yaml"):
         find_distribution(args)
 
 

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 from peft import get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
 
 from peft_autoqra import AutoQRAConfig, MemoryBudgetCallback, MemoryModel, uniform_plan
@@ -60,8 +61,6 @@ def test_the_estimated_bytes_are_logged_once(make_trainer, estimate, max_steps):
 
 
 def test_trackers_get_the_figures(make_trainer, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     trainer = make_trainer(report_to="tensorboard")
     trainer.add_callback(MemoryBudgetCallback(trainer))
     trainer.train()
@@ -75,7 +74,9 @@ def test_trackers_get_the_figures(make_trainer, tmp_path):
 def test_more_than_the_budget_is_warned_of_once(make_trainer, estimate, gradient_accumulation_steps):
     trainer = make_trainer(gradient_accumulation_steps=gradient_accumulation_steps)
     trainer.add_callback(MemoryBudgetCallback(trainer, budget=estimate.total_bytes - 1000))
-    with pytest.warns(MemoryBudgetWarning, match=r"gradients .* optimizer .*1\.0 kB more than.*memory_budget") as caught:
+    with pytest.warns(
+        MemoryBudgetWarning, match=r"gradients .* optimizer .*1\.0 kB more than.*memory_budget"
+    ) as caught:
         trainer.train()
     assert len([w for w in caught if w.category is MemoryBudgetWarning]) == 1
 

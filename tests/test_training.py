@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
@@ -155,7 +156,9 @@ def test_a_base_that_is_quantized_while_it_is_read_trains_the_same(make_finetune
     names = list(uniform_plan(dense, 4, 4))
     choices = (4, 8, 16) if backend == "bitsandbytes" else (2, 3, 4, 8, 16)
     layers = {name: LayerPlan(choices[i % len(choices)], (4, 2, 0)[i % 3]) for i, name in enumerate(names)}
-    plan = uniform_plan(dense, 4, 4, quantizer=QuantizerSettings(backend=backend, group_size=32)).replace(layers=layers)
+    plan = uniform_plan(dense, 4, 4, quantizer=QuantizerSettings(backend=backend, group_size=32)).replace(
+        layers=layers
+    )
     if backend != "bitsandbytes":
         batches = [{"input_ids": torch.tensor(token_dataset(seed=2)["input_ids"])}]
         plan = calibrate_plan(plan, dense, batches)
@@ -165,7 +168,9 @@ def test_a_base_that_is_quantized_while_it_is_read_trains_the_same(make_finetune
         finetune = make_finetune(model=model, plan=str(tmp_path / "plan"))
         result = finetune.run()
         assert result.measured == result.estimated
-        tensors = {name: p.detach().clone() for name, p in finetune.trainer.model.named_parameters() if p.requires_grad}
+        tensors = {
+            name: p.detach().clone() for name, p in finetune.trainer.model.named_parameters() if p.requires_grad
+        }
         return tensors, result.measured.to_dict()
 
     expected, expected_memory = train(dense)
@@ -192,6 +197,19 @@ def test_only_what_a_plan_decides_is_quantized_while_it_is_read(tiny, tmp_path, 
         assert train_command.run(argv) == 0
     # in-place quantization leaves no note on a model that has adapters
     assert [getattr(model, "is_quantized", False) for model in seen] == [True, False, False]
+
+
+def test_a_checkpoint_that_cannot_be_streamed_names_the_flag(tiny, tmp_path):
+    plan = uniform_plan(AutoModelForCausalLM.from_pretrained(tiny.model), 4, 4)
+    plan.save_pretrained(tmp_path / "plan")
+    shutil.copytree(tiny.model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    argv = [*tiny.flags, "--model_name_or_path", str(tmp_path / "model"), "--plan", str(tmp_path / "plan")]
+    with pytest.raises(RecipeError, match=r"up_proj.*--stream false"):
+        train_command.run([*argv, "--output_dir", str(tmp_path / "adapter")])
 
 
 def test_resuming_from_the_last_checkpoint(make_finetune, tmp_path):

@@ -229,9 +229,7 @@ def _topics(parser: Any, *, show_all: bool) -> list[tuple[str, set[str]]]:
 
 
 def _must_use_cpu() -> bool:
-    """Apple's MPS lacks float64; and without a GPU two things want to be told: SFTConfig, whose default is bf16, and
-    accelerate, for which several processes train together on CPUs only then.
-    """
+    """Apple's MPS lacks float64; without a GPU SFTConfig's default is bf16, and processes train alone, unless told."""
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator().type == "mps"  # type: ignore[union-attr]
     return True

@@ -15,9 +15,10 @@ from peft_autoqra.distribution import Distribution, every_process_reads, find_di
 from peft_autoqra.hub import prepare_folder, push_folder
 from peft_autoqra.hub_repository import PushTarget, opened
 from peft_autoqra.plan import BitRankPlan
-from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments
+from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments, RecipeError
 from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
+from peft_autoqra.streaming.weight_stream import NotStreamedError
 from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult
 from peft_autoqra.units import format_seconds
 
@@ -53,7 +54,8 @@ def run(argv: Sequence[str]) -> int:
             pass
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
     plan = distribution.shared(lambda: _read_plan(adapter_args))
-    if options.dry_run or "bitsandbytes" in (adapter_args.quant_backend, plan and plan.quantizer.backend):
+    backend = adapter_args.quant_backend if plan is None else plan.quantizer.backend
+    if options.dry_run or backend == "bitsandbytes":
         distribution = every_process_reads(distribution, args)  # accelerate cannot send its 4-bit layers to the others
     finetune = FineTune(
         FineTuneInputs(
@@ -85,7 +87,10 @@ def _load_model(
     quantization = None if plan is None else AutoQRAQuantConfig(plan=plan)
 
     def load() -> PreTrainedModel:
-        return load_base_model(model_args, args, quantization)
+        try:
+            return load_base_model(model_args, args, quantization)
+        except NotStreamedError as error:
+            raise RecipeError(f"{error} On the command line: --stream false.") from error
 
     return distribution.by_main_process(load) if distribution.first_process_reads else load()
 

@@ -22,6 +22,7 @@ AS_ONE_PROCESS = {
     "ddp-nf4": "single-nf4",
     "fsdp2": "single",
     "fsdp2-nf4": "single-nf4",
+    "fsdp2-int8": "single-int8",
     "fsdp2-plan": "single-plan",
     "fsdp2-each-reads": "single-plan",
     "ddp-resumed": "single-plan",
@@ -64,6 +65,13 @@ def test_two_processes_train_what_one_does(runs: Runs, name: str, reference: str
     assert [process["code"] for process in outcome.processes] == [0, 0]
     assert_trained_alike(outcome.output_dir, runs.output_dir(reference))
     torch.testing.assert_close(logits(outcome.output_dir), logits(runs.output_dir(reference)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["", "nf4-"])
+def test_mixed_precision(runs: Runs, backend: str) -> None:
+    result, expected = runs.of(f"fsdp2-{backend}bf16").result, runs.of_one(f"single-{backend}bf16")
+    for loss in ("train_loss", "eval_loss"):  # a loss in bfloat16 would be off by up to 1.6e-2
+        assert result[loss] == pytest.approx(expected[loss], abs=3e-3), loss
 
 
 @pytest.mark.parametrize(("name", "reference"), AS_ONE_PROCESS.items())
