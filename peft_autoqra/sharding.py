@@ -18,10 +18,14 @@ from peft_autoqra.quant.nf4 import NF4Linear
 def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     """Make a model such that FSDP2 shards all of it; call it before ``trainer.train()``.
 
-    accelerate leaves bitsandbytes' 4-bit codes whole in every process, as bytes. Seen as a floating dtype they are
-    shared out; it is the one that mixed precision would convert to, so that nothing is converted. Their scales stay
-    whole. The model's outputs stay as they are, as accelerate would round the loss to bfloat16. Adapters without values get some, as accelerate finds the optimizer's parameters by their addresses; the
-    first process then sends the true ones. Native layers need nothing. Does nothing without FSDP2.
+    - accelerate leaves bitsandbytes' 4-bit codes whole in every process, as bytes. Seen as a floating dtype they are
+      shared out; it is the one that mixed precision would convert to, so that nothing is converted. Their scales stay
+      whole. Native layers need nothing.
+    - Adapters without values get some, as accelerate finds the optimizer's parameters by their addresses; the first
+      process then sends the true ones.
+    - The model's outputs keep their dtype, as accelerate would round the loss to bfloat16.
+
+    Does nothing without FSDP2.
 
     Args:
         model: with adapters.

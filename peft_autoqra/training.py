@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,7 +201,9 @@ class FineTune:
         train_seconds = time.perf_counter() - start
         result = FineTuneResult(
             eval_loss=float(trainer.evaluate()["eval_loss"]),
-            train_loss=float(output.training_loss),
+            train_loss=statistics.fmean(
+                gather_object([float(output.training_loss)])
+            ),  # the trainer's is this process's
             num_steps=int(output.global_step),
             train_seconds=train_seconds,
             estimated=self.estimated,

@@ -51,7 +51,8 @@ class Scenario:
     def flags(self, directory: Path) -> list[str]:
         quantizer = ["--plan", str(directory / "plan")] if self.bits is None else list(self.bits)
         resume = ["--resume_from_checkpoint", str(directory / self.resumes / "checkpoint-2")] if self.resumes else []
-        batch = ["--per_device_train_batch_size", str(4 // self.num_processes)]
+        # six held-out examples: with two processes, batches that are full need no example twice
+        batch = ["--per_device_train_batch_size", str(4 // self.num_processes), "--per_device_eval_batch_size", "3"]
         steps = ["--max_steps", "4", "--save_steps", "2", "--lr_scheduler_type", "constant", "--learning_rate", "1e-2"]
         return [*quantizer, *resume, *batch, *steps, *self.more]
 
