@@ -136,7 +136,7 @@ class FineTune:
         """Quantize, add adapters and prepare the data."""
         args = inputs.args
         self.distribution = find_distribution(args)
-        self._checkpoint = _checkpoint(args)
+        self._checkpoint = find_checkpoint(args)
         plan = self.distribution.shared(lambda: _named_plan(inputs))  # before the data: a wrong name fails at once
         model = _own_model(inputs, self.distribution)
         with _taken_for_unquantized(model):
@@ -258,8 +258,12 @@ class _CardTrainer(PortableTrainer):
         config.card(self.finetune_figures).write(Path(self.args.output_dir))
 
 
-def _checkpoint(args: SFTConfig) -> str | None:
-    """The checkpoint to resume from; true means the last one."""
+def find_checkpoint(args: SFTConfig) -> str | None:
+    """The checkpoint that ``resume_from_checkpoint`` asks for; true means the last one in the output directory.
+
+    Raises:
+        RecipeError: it is not there.
+    """
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None

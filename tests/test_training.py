@@ -212,6 +212,13 @@ def test_a_checkpoint_that_cannot_be_streamed_names_the_flag(tiny, tmp_path):
         train_command.run([*argv, "--output_dir", str(tmp_path / "adapter")])
 
 
+def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_read(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_command, "load_base_model", None)
+    argv = [*tiny.flags, "--output_dir", str(tmp_path / "adapter"), "--resume_from_checkpoint", "true"]
+    with pytest.raises(RecipeError, match="no checkpoint in"):
+        train_command.run(argv)
+
+
 def test_resuming_from_the_last_checkpoint(make_finetune, tmp_path):
     straight = make_finetune(bits=3, r=4, recipe={"save_steps": 2})
     straight.run()

@@ -95,7 +95,7 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         try:
             namespace = self._parse_namespace(argv)
             given = self._given(namespace)
-            namespace.use_cpu = namespace.use_cpu or _must_use_cpu()
+            namespace.use_cpu = namespace.use_cpu or _must_use_cpu(namespace.bf16)
             settings = tuple(self._make(dataclass_type, namespace) for dataclass_type in self.dataclass_types)
         except (OSError, TypeError, ValueError) as error:
             self.error(str(error))
@@ -228,11 +228,14 @@ def _topics(parser: Any, *, show_all: bool) -> list[tuple[str, set[str]]]:
     return topics
 
 
-def _must_use_cpu() -> bool:
-    """Apple's MPS lacks float64; without a GPU SFTConfig's default is bf16, and processes train alone, unless told."""
+def _must_use_cpu(bf16: bool | None) -> bool:
+    """Apple's MPS lacks float64; without a GPU SFTConfig's default is bf16, and processes train alone, unless told.
+
+    Whoever asks for bf16 there is told by transformers that there is no GPU.
+    """
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator().type == "mps"  # type: ignore[union-attr]
-    return True
+    return not bf16
 
 
 def _split_config(argument: str) -> list[str]:

@@ -19,7 +19,7 @@ from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments,
 from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
 from peft_autoqra.streaming.weight_stream import NotStreamedError
-from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult
+from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult, find_checkpoint
 from peft_autoqra.units import format_seconds
 
 _IN_PROCESSES = {
@@ -47,11 +47,12 @@ def run(argv: Sequence[str]) -> int:
     distribution = find_distribution(args)
     target = _push_target(args)
     if options.dry_run:
+        args.resume_from_checkpoint, target = None, None
         args.output_dir = tempfile.gettempdir()  # the trainer makes its output directory
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # fails now rather than after quantization
-    if target is not None and not options.dry_run and args.process_index == 0:
-        with opened(target):  # fails now rather than after training
-            pass
+    find_checkpoint(args)  # likewise
+    if target is not None:
+        distribution.by_main_process(lambda: _check_opens(target))
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
     plan = distribution.shared(lambda: _read_plan(adapter_args))
     backend = adapter_args.quant_backend if plan is None else plan.quantizer.backend
@@ -71,9 +72,15 @@ def run(argv: Sequence[str]) -> int:
     text = estimate_text(finetune, finetune.estimate()) if options.dry_run else result_text(finetune, finetune.run())
     if finetune.is_main_process:
         print(text)  # noqa: T201
-        if target is not None and not options.dry_run:
+        if target is not None:
             print(f"pushed   {push_folder(prepare_folder(args.output_dir), target).commit_url}")  # noqa: T201
     return 0
+
+
+def _check_opens(target: PushTarget) -> None:
+    """Fail now rather than after training."""
+    with opened(target):
+        pass
 
 
 def _read_plan(adapter_args: AdapterArguments) -> BitRankPlan | None:
