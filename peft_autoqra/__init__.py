@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peft_autoqra.folder_card import complete_model_card
     from peft_autoqra.importance.calibrated_plan import calibrate_plan
     from peft_autoqra.memory import MemoryModel
+    from peft_autoqra.memory_callback import MemoryBudgetCallback
     from peft_autoqra.memory_estimate import MemoryEstimate
     from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
     from peft_autoqra.search_config import AutoQRASearchConfig
@@ -33,6 +34,7 @@ __all__ = [
     "BitRankPlan",
     "Fidelity",
     "LayerPlan",
+    "MemoryBudgetCallback",
     "MemoryEstimate",
     "MemoryModel",
     "QuantLoRAModel",
@@ -57,6 +59,7 @@ _MODULES = {
     "BitRankPlan": "plan",
     "Fidelity": "trial",
     "LayerPlan": "plan",
+    "MemoryBudgetCallback": "memory_callback",
     "MemoryEstimate": "memory_estimate",
     "MemoryModel": "memory",
     "QuantLoRAModel": "tuner.model",

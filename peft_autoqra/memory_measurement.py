@@ -13,12 +13,15 @@ from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.quant.int8 import Int8Linear
 from peft_autoqra.quant.linear import QuantLinear
 from peft_autoqra.quant.nf4 import NF4Linear
+from peft_autoqra.sharding import local_tensor
 
 
 def measure_memory(
     model: nn.Module, module_names: Iterable[str], optimizer: torch.optim.Optimizer | None = None
 ) -> MemoryEstimate:
     """Bytes of a model as it is, tensor by tensor, shared ones counted once.
+
+    Of tensors that FSDP2 sharded only this process's parts count.
 
     Args:
         model: the model or PeftModel.
@@ -57,7 +60,7 @@ def _metadata_tensors(layer: nn.Module) -> Iterator[Tensor]:
     elif isinstance(layer, Int8Linear):
         yield layer.scale_bytes
     elif isinstance(layer, NF4Linear):
-        state = layer.weight.quant_state
+        state = layer.quant_state  # the weight has lost it where FSDP2 sharded it
         yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
 
 
@@ -67,4 +70,4 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in map(local_tensor, tensors))

@@ -99,6 +99,7 @@ class AdapterArguments:
         lora_alpha: adapters are scaled by ``lora_alpha / sqrt(rank) * 16 / rank``; None takes the plan's, else 8.
         lora_dropout: as in ``LoraConfig``.
         num_calibration_sequences: training sequences that a native uniform configuration is calibrated on; 0 skips it.
+        stream: quantize by the plan while the model is read, and never hold the unquantized one.
     """
 
     plan: str | None = field(default=None, metadata={"help": "Folder or hub id of a plan.", "metavar": "ID_OR_DIR"})
@@ -131,6 +132,10 @@ class AdapterArguments:
     )
     num_calibration_sequences: int = field(
         default=64, metadata={"help": "Without a plan: number of training sequences for calibration; 0 skips it."}
+    )
+    stream: bool = field(
+        default=True,
+        metadata={"help": "With a plan: quantize while the model is read, and never hold it unquantized."},
     )
 
     def __post_init__(self) -> None:

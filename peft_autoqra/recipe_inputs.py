@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from peft_autoqra.errors import AutoQRAError
 from peft_autoqra.recipe import DataArguments, ModelArguments, RecipeError
+from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
 
 _BUILDERS = {
     ".json": "json",
@@ -22,12 +24,23 @@ _BUILDERS = {
 }
 
 
-def load_base_model(model_args: ModelArguments, args: SFTConfig) -> PreTrainedModel:
-    """The unquantized base model, on the CPU.
+def load_base_model(
+    model_args: ModelArguments, args: SFTConfig, quantization_config: AutoQRAQuantConfig | None = None
+) -> PreTrainedModel:
+    """The base model, on the CPU.
+
+    Args:
+        model_args: which model.
+        args: the recipe.
+        quantization_config: how to quantize it while it is read; None leaves it unquantized.
 
     Raises:
         RecipeError: no model is named, or it cannot be loaded.
+        AutoQRAError: it cannot be quantized as the configuration says.
     """
+    settings = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
     name = _model_name(model_args)
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -36,8 +49,10 @@ def load_base_model(model_args: ModelArguments, args: SFTConfig) -> PreTrainedMo
             dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
-            **(args.model_init_kwargs or {}),
+            **settings,
         )
+    except AutoQRAError:
+        raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise RecipeError(f"The model {name!r} cannot be loaded: {_first_line(error)}") from error
 

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
 
+from peft_autoqra.distribution import Distribution, Strategy, find_distribution
 from peft_autoqra.errors import AutoQRAError, PlanMismatchError
 from peft_autoqra.evaluation.sft import SFTData
 from peft_autoqra.importance.calibrated_plan import calibrate_plan
 from peft_autoqra.memory import OPTIMIZERS, MemoryModel
+from peft_autoqra.memory_callback import MemoryBudgetCallback
 from peft_autoqra.memory_estimate import MemoryEstimate
-from peft_autoqra.memory_measurement import measure_memory
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, QuantizerSettings
-from peft_autoqra.recipe import AdapterArguments
+from peft_autoqra.portable_trainer import PortableTrainer
+from peft_autoqra.recipe import AdapterArguments, RecipeError
+from peft_autoqra.streaming.empty_layers import empty_dense_model
+from peft_autoqra.streaming.hf_quantizer import empty_base, note_base
+from peft_autoqra.streaming.quant_config import METHOD
 from peft_autoqra.tuner.adapter_card import FineTuneFigures
 from peft_autoqra.tuner.config import AutoQRAConfig
+from peft_autoqra.tuner.preparation import quantize_base
 from peft_autoqra.uniform_plan import uniform_plan
 
 RESULT_FILE = "finetune_result.json"
@@ -40,20 +51,23 @@ class FineTuneInputs:
     """What is trained on what.
 
     Attributes:
-        model: unquantized; quantized in place.
+        model: unquantized, and quantized in place; or quantized by ``plan`` while it was read. None in the processes
+            that get theirs from the first one, see :attr:`Distribution.first_process_reads`.
         processing_class: the tokenizer.
         train_dataset: in any format that SFTTrainer takes.
         eval_dataset: likewise.
         args: the recipe.
         adapter: bits and ranks.
+        plan: what ``adapter.plan`` names, where it was read already.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | None
     processing_class: PreTrainedTokenizerBase
     train_dataset: Dataset
     eval_dataset: Dataset
     args: SFTConfig
     adapter: AdapterArguments
+    plan: BitRankPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +93,11 @@ class FineTuneResult:
         num_steps: optimizer steps that were taken.
         train_seconds: of the training loop.
         estimated: bytes by part as foretold; None where the optimizer's states are not known.
-        measured: bytes of the real tensors at the first optimizer step; None where no step was taken.
+        measured: bytes of the real tensors at the first optimizer step, in the process that held most; None where no
+            step was taken.
         output_dir: where the adapter lies.
+        num_processes: that trained together.
+        strategy: how; with ``"fsdp2"`` each process holds, and ``measured`` counts, a part of the model.
     """
 
     eval_loss: float
@@ -90,6 +107,8 @@ class FineTuneResult:
     estimated: MemoryEstimate | None
     measured: MemoryEstimate | None
     output_dir: str
+    num_processes: int = 1
+    strategy: Strategy = "single"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready figures."""
@@ -107,41 +126,51 @@ class FineTune:
         inputs: model, data and settings. Everything is checked and quantized here.
 
     Raises:
+        DistributionError: the processes cannot train together as they were started.
         InvalidPlanError: bits, ranks or modules that do not fit the model, or a plan that is not one.
         CalibrationError: no data is left after tokenization.
+        RecipeError: there is no checkpoint to resume from.
     """
 
     def __init__(self, inputs: FineTuneInputs) -> None:
         """Quantize, add adapters and prepare the data."""
         args = inputs.args
-        plan = _named_plan(inputs)  # before the data: a wrong name fails at once
-        data = SFTData(
-            inputs.model,
-            args,
-            inputs.train_dataset,
-            inputs.eval_dataset,
-            inputs.processing_class,
-            allow_packing=True,
-        )
-        self.plan = _uniform_plan(inputs, data) if plan is None else plan
-        self.estimated = _estimate_memory(inputs.model, self.plan, args)
+        self.distribution = find_distribution(args)
+        self._checkpoint = find_checkpoint(args)
+        plan = self.distribution.shared(lambda: _named_plan(inputs))  # before the data: a wrong name fails at once
+        model = _own_model(inputs, self.distribution)
+        with _taken_for_unquantized(model):
+            data = SFTData(
+                model,
+                args,
+                inputs.train_dataset,
+                inputs.eval_dataset,
+                inputs.processing_class,
+                allow_packing=True,
+            )
+        if plan is None:
+            plan = self.distribution.shared(lambda: _uniform_plan(model, inputs.adapter, data))
+        self.estimated = _estimate_memory(model, plan, args)
+        if self.distribution.first_process_reads:
+            plan = _share_base(model, plan, self.distribution)
+        self.plan: BitRankPlan = plan
         config = AutoQRAConfig(
-            plan=self.plan,
+            plan=plan,
             lora_alpha=inputs.adapter.lora_alpha,
             lora_dropout=inputs.adapter.lora_dropout,
             task_type="CAUSAL_LM",
         )
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        self._memory_probe = _MemoryProbe(self.plan)
         self.trainer = _CardTrainer(
-            model=inputs.model,
+            model=model,
             args=args,
             train_dataset=data.train,
             eval_dataset=data.held_out,
             processing_class=data.processing_class,
             peft_config=config,
-            callbacks=[self._memory_probe],
         )
+        self._memory = MemoryBudgetCallback(self.trainer)
+        self.trainer.add_callback(self._memory)
 
     def estimate(self) -> FineTuneEstimate:
         """Time one forward and backward pass; no weight changes."""
@@ -168,16 +197,20 @@ class FineTune:
         """
         trainer, args = self.trainer, self.trainer.args
         start = time.perf_counter()
-        output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        output = trainer.train(resume_from_checkpoint=self._checkpoint)
         train_seconds = time.perf_counter() - start
         result = FineTuneResult(
             eval_loss=float(trainer.evaluate()["eval_loss"]),
-            train_loss=float(output.training_loss),
+            train_loss=statistics.fmean(
+                gather_object([float(output.training_loss)])
+            ),  # the trainer's is this process's
             num_steps=int(output.global_step),
             train_seconds=train_seconds,
             estimated=self.estimated,
-            measured=self._memory_probe.measured,
+            measured=self._measured(),
             output_dir=str(args.output_dir),
+            num_processes=self.distribution.num_processes,
+            strategy=self.distribution.strategy,
         )
         if not (math.isfinite(result.eval_loss) and math.isfinite(result.train_loss)):
             raise TrainingDivergedError(
@@ -191,7 +224,7 @@ class FineTune:
             num_steps=result.num_steps,
             seconds=train_seconds,
             estimated=result.estimated,
-            measured=result.measured,
+            measured=None if self.trainer.is_sharded else result.measured,  # a part is not what a card is about
         )
         if self.is_main_process:
             trainer.update_model_card()
@@ -204,8 +237,13 @@ class FineTune:
         """Whether this process writes and prints."""
         return bool(self.trainer.is_world_process_zero())
 
+    def _measured(self) -> MemoryEstimate | None:
+        measured: list[MemoryEstimate | None] = gather_object([self._memory.measured])
+        known = [memory for memory in measured if memory is not None]
+        return max(known, key=lambda memory: memory.total_bytes) if known else None
 
-class _CardTrainer(SFTTrainer):  # type: ignore[misc]
+
+class _CardTrainer(PortableTrainer):
     """Adds the plan and the figures to the model card, which SFTTrainer writes anew with every checkpoint and push."""
 
     finetune_figures: FineTuneFigures | None = None
@@ -220,34 +258,97 @@ class _CardTrainer(SFTTrainer):  # type: ignore[misc]
         config.card(self.finetune_figures).write(Path(self.args.output_dir))
 
 
-class _MemoryProbe(TrainerCallback):  # type: ignore[misc]
-    """Counts bytes once, at the first optimizer step: gradients and optimizer states are there then."""
+def find_checkpoint(args: SFTConfig) -> str | None:
+    """The checkpoint that ``resume_from_checkpoint`` asks for; true means the last one in the output directory.
 
-    def __init__(self, module_names: Mapping[str, object]) -> None:
-        self._module_names = list(module_names)
-        self.measured: MemoryEstimate | None = None
-
-    def on_optimizer_step(self, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
-        if self.measured is None:
-            self.measured = measure_memory(model, self._module_names, optimizer)
+    Raises:
+        RecipeError: it is not there.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if found is None:
+            raise RecipeError(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir}; leave it out.")
+        return str(found)
+    if not Path(wanted, TRAINER_STATE_NAME).is_file():
+        raise RecipeError(
+            f"resume_from_checkpoint: {wanted} is no folder of a checkpoint, such as adapter/checkpoint-500."
+        )
+    return str(wanted)
 
 
 def _named_plan(inputs: FineTuneInputs) -> BitRankPlan | None:
     """The plan that is named, if one is; it fits the model."""
-    if inputs.adapter.plan is None:
-        return None
-    plan = BitRankPlan.from_pretrained(inputs.adapter.plan)
-    _check_names(plan, inputs.model)
+    plan = inputs.plan
+    if plan is None and inputs.adapter.plan is not None:
+        plan = BitRankPlan.from_pretrained(inputs.adapter.plan)
+    if plan is not None and inputs.model is not None:
+        _check_names(plan, inputs.model)
     return plan
 
 
-def _uniform_plan(inputs: FineTuneInputs, data: SFTData) -> BitRankPlan:
+def _own_model(inputs: FineTuneInputs, distribution: Distribution) -> PreTrainedModel:
+    """The model that was given; where the first process alone has one, one like it without values."""
+    model: Any = inputs.model
+    if not distribution.first_process_reads:
+        return model
+    config, dtype = distribution.shared(lambda: (model.config, model.dtype))
+    if distribution.is_main_process:
+        return model
+
+    def make(config: Any) -> Any:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=inputs.args.trust_remote_code)
+
+    return empty_dense_model(config, make)
+
+
+def _share_base(model: PreTrainedModel, plan: BitRankPlan, distribution: Distribution) -> BitRankPlan:
+    """Quantize in the first process, unless that is done, and tell the others what their layers are to hold.
+
+    Returns:
+        The plan as it was applied.
+    """
+
+    def quantize() -> tuple[BitRankPlan, Any]:
+        applied = plan
+        if not getattr(model, "is_quantized", False):
+            applied = quantize_base(model, AutoQRAConfig(plan=plan, task_type="CAUSAL_LM"))
+            note_base(model, applied)
+        return applied, getattr(model.config, "quantization_config", None)
+
+    applied, quantization = distribution.shared(quantize)
+    if not distribution.is_main_process and quantization is not None:
+        empty_base(model, quantization)
+    return applied
+
+
+@contextmanager
+def _taken_for_unquantized(model: PreTrainedModel) -> Iterator[None]:
+    """For a trainer that only prepares data: transformers allows none for a quantized model before it has adapters.
+
+    Only one that was quantized while it was read: the plan does not apply to a checkpoint that holds codes.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    is_streamed = (
+        quantizer is not None and quantizer.quantization_config.quant_method == METHOD and not quantizer.pre_quantized
+    )
+    if is_streamed:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if is_streamed:
+            model.is_quantized = True
+
+
+def _uniform_plan(model: PreTrainedModel, adapter: AdapterArguments, data: SFTData) -> BitRankPlan:
     """The same bits and rank everywhere, calibrated where the backend takes it."""
-    adapter = inputs.adapter
     bits = DEFAULT_BITS if adapter.bits is None else adapter.bits
     quantizer = QuantizerSettings(backend=adapter.quant_backend or "native", group_size=adapter.group_size)  # type: ignore[arg-type]
     plan = uniform_plan(
-        inputs.model,
+        model,
         bits,
         DEFAULT_RANK if adapter.r is None else adapter.r,
         target_modules=adapter.target_modules or "all-linear",
@@ -255,7 +356,7 @@ def _uniform_plan(inputs: FineTuneInputs, data: SFTData) -> BitRankPlan:
     )
     if quantizer.backend == "bitsandbytes" or bits == DENSE_BITS or not adapter.num_calibration_sequences:
         return plan
-    return calibrate_plan(plan, inputs.model, data.batches(data.train, adapter.num_calibration_sequences))
+    return calibrate_plan(plan, model, data.batches(data.train, adapter.num_calibration_sequences))
 
 
 def _check_names(plan: BitRankPlan, model: nn.Module) -> None:
@@ -268,9 +369,11 @@ def _check_names(plan: BitRankPlan, model: nn.Module) -> None:
         )
 
 
-def _estimate_memory(model: nn.Module, plan: BitRankPlan, args: SFTConfig) -> MemoryEstimate | None:
+def _estimate_memory(model: PreTrainedModel, plan: BitRankPlan, args: SFTConfig) -> MemoryEstimate | None:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer not in OPTIMIZERS:
         return None
-    memory_model = MemoryModel.from_model(model, target_modules=list(plan), optimizer=optimizer)
-    return memory_model.estimate(plan)
+    dense = model
+    if getattr(model, "is_quantized", False):
+        dense = empty_dense_model(model.config, lambda config: type(model)._from_config(config, dtype=model.dtype))
+    return MemoryModel.from_model(dense, target_modules=list(plan), optimizer=optimizer).estimate(plan)

@@ -134,7 +134,14 @@ class TestRecipe:
 
     @pytest.mark.parametrize(
         ("accelerator", "bf16", "use_cpu"),
-        [("mps", None, True), ("mps", True, True), (None, None, True), (None, True, False), ("cuda", None, False)],
+        [
+            ("mps", None, True),
+            ("mps", True, True),
+            (None, None, True),
+            (None, False, True),
+            (None, True, False),
+            ("cuda", None, False),
+        ],
     )
     def test_quantizer_takes_no_apple_gpu(self, monkeypatch, accelerator, bf16, use_cpu):
         device = torch.device(accelerator) if accelerator else None

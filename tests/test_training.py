@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,24 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from peft_autoqra import AutoQRAConfig, BaseModelInfo, BitRankPlan, LayerPlan, uniform_plan
+from peft_autoqra import (
+    AutoQRAConfig,
+    AutoQRAQuantConfig,
+    BaseModelInfo,
+    BitRankPlan,
+    LayerPlan,
+    QuantizerSettings,
+    calibrate_plan,
+    uniform_plan,
+)
+from peft_autoqra.commands import train as train_command
 from peft_autoqra.errors import CalibrationError, InvalidPlanError, PlanMismatchError
-from peft_autoqra.recipe import AdapterArguments, RecipeError
+from peft_autoqra.recipe import AdapterArguments, ModelArguments, RecipeError
+from peft_autoqra.recipe_inputs import load_base_model
 from peft_autoqra.training import FineTune, FineTuneInputs, TrainingDivergedError
 from tests.tiny_data import token_dataset, word_tokenizer
 from tests.tiny_folder import TinyFolder, make_tiny_folder
@@ -32,7 +46,7 @@ def tiny(tmp_path_factory, tiny_llama) -> TinyFolder:
 
 @pytest.fixture
 def make_finetune(tiny_llama, tmp_path):
-    def make(train: Dataset | None = None, recipe: dict | None = None, **adapter) -> FineTune:
+    def make(train: Dataset | None = None, recipe: dict | None = None, model=None, **adapter) -> FineTune:
         args = SFTConfig(
             **{
                 "output_dir": str(tmp_path / "adapter"),
@@ -51,7 +65,7 @@ def make_finetune(tiny_llama, tmp_path):
         )
         return FineTune(
             FineTuneInputs(
-                model=tiny_llama(),
+                model=tiny_llama() if model is None else model,
                 processing_class=word_tokenizer(),
                 train_dataset=token_dataset(seed=0) if train is None else train,
                 eval_dataset=token_dataset(seed=1),
@@ -134,6 +148,91 @@ def test_plan_from_a_folder_decides(make_finetune, tiny_llama, tmp_path):
     assert (finetune.plan, config.r, config.lora_alpha) == (plan, 2, 4)
     finetune = make_finetune(plan=str(tmp_path / "plan"), lora_alpha=16)
     assert finetune.trainer.model.peft_config["default"].lora_alpha == 16
+
+
+@pytest.mark.parametrize("backend", ["native", "gptq", "bitsandbytes"])
+def test_a_base_that_is_quantized_while_it_is_read_trains_the_same(make_finetune, tiny, backend, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(tiny.model)
+    names = list(uniform_plan(dense, 4, 4))
+    choices = (4, 8, 16) if backend == "bitsandbytes" else (2, 3, 4, 8, 16)
+    layers = {name: LayerPlan(choices[i % len(choices)], (4, 2, 0)[i % 3]) for i, name in enumerate(names)}
+    plan = uniform_plan(dense, 4, 4, quantizer=QuantizerSettings(backend=backend, group_size=32)).replace(
+        layers=layers
+    )
+    if backend != "bitsandbytes":
+        batches = [{"input_ids": torch.tensor(token_dataset(seed=2)["input_ids"])}]
+        plan = calibrate_plan(plan, dense, batches)
+    plan.save_pretrained(tmp_path / "plan")
+
+    def train(model) -> tuple[dict[str, torch.Tensor], dict]:
+        finetune = make_finetune(model=model, plan=str(tmp_path / "plan"))
+        result = finetune.run()
+        assert result.measured == result.estimated
+        tensors = {
+            name: p.detach().clone() for name, p in finetune.trainer.model.named_parameters() if p.requires_grad
+        }
+        return tensors, result.measured.to_dict()
+
+    expected, expected_memory = train(dense)
+    model_args = ModelArguments(model_name_or_path=str(tiny.model))
+    args = SFTConfig(output_dir=str(tmp_path / "adapter"), use_cpu=True, bf16=False)
+    streamed = load_base_model(model_args, args, AutoQRAQuantConfig(plan=plan))
+    assert streamed.is_quantized
+    found, memory = train(streamed)
+    assert memory == expected_memory
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_only_what_a_plan_decides_is_quantized_while_it_is_read(tiny, tmp_path, monkeypatch):
+    uniform_plan(AutoModelForCausalLM.from_pretrained(tiny.model), 4, 4).save_pretrained(tmp_path / "plan")
+    seen = []
+    load = train_command.load_base_model
+    monkeypatch.setattr(train_command, "load_base_model", lambda *args: seen.append(load(*args)) or seen[-1])
+    plan = ["--plan", str(tmp_path / "plan")]
+    uncalibrated = ["--num_calibration_sequences", "0"]
+    for flags in (plan, [*plan, "--stream", "false"], uncalibrated):
+        argv = [*tiny.flags, *flags, "--output_dir", str(tmp_path / "adapter"), "--dry_run"]
+        assert train_command.run(argv).data["dry_run"]
+    # in-place quantization leaves no note on a model that has adapters
+    assert [getattr(model, "is_quantized", False) for model in seen] == [True, False, False]
+
+
+def test_a_checkpoint_that_cannot_be_streamed_names_the_flag(tiny, tmp_path):
+    plan = uniform_plan(AutoModelForCausalLM.from_pretrained(tiny.model), 4, 4)
+    plan.save_pretrained(tmp_path / "plan")
+    shutil.copytree(tiny.model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    argv = [*tiny.flags, "--model_name_or_path", str(tmp_path / "model"), "--plan", str(tmp_path / "plan")]
+    with pytest.raises(RecipeError, match=r"up_proj.*--stream false"):
+        train_command.run([*argv, "--output_dir", str(tmp_path / "adapter")])
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_read(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_command, "load_base_model", None)
+    argv = [*tiny.flags, "--output_dir", str(tmp_path / "adapter"), "--resume_from_checkpoint", "true"]
+    with pytest.raises(RecipeError, match="no checkpoint in"):
+        train_command.run(argv)
+
+
+def test_resuming_from_the_last_checkpoint(make_finetune, tmp_path):
+    straight = make_finetune(bits=3, r=4, recipe={"save_steps": 2})
+    straight.run()
+    shutil.rmtree(tmp_path / "adapter" / "checkpoint-3")
+    with pytest.raises(RecipeError, match="no checkpoint in"):
+        make_finetune(recipe={"resume_from_checkpoint": "true", "output_dir": str(tmp_path / "other")})
+    with pytest.raises(RecipeError, match="no folder of a checkpoint"):
+        make_finetune(recipe={"resume_from_checkpoint": str(tmp_path / "other")})
+    resumed = make_finetune(bits=3, r=4, recipe={"resume_from_checkpoint": "true", "save_steps": 2})
+    resumed.run()
+    for (name, found), (_, expected) in zip(
+        resumed.trainer.model.named_parameters(), straight.trainer.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(found, expected), name
 
 
 def test_estimate_changes_no_weight(make_finetune):

@@ -150,10 +150,13 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
 
 
 def _must_use_cpu(bf16: bool | None) -> bool:
-    """Apple's MPS lacks float64; and without a GPU SFTConfig wants to be told before it takes its default, bf16."""
+    """Apple's MPS lacks float64; without a GPU SFTConfig's default is bf16, and processes train alone, unless told.
+
+    Whoever asks for bf16 there is told by transformers that there is no GPU.
+    """
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator().type == "mps"  # type: ignore[union-attr]
-    return bf16 is None
+    return not bf16
 
 
 def _split_config(argument: str) -> list[str]:

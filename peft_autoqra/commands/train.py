@@ -8,16 +8,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from peft_autoqra.commands.outcome import Outcome
 from peft_autoqra.commands.parser import RecipeParser
 from peft_autoqra.commands.tables import memory_table
+from peft_autoqra.distribution import Distribution, every_process_reads, find_distribution
 from peft_autoqra.hub import prepare_folder, push_folder
 from peft_autoqra.hub_repository import PushTarget, opened
+from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.recipe import AdapterArguments, ModelArguments, RecipeError
 from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
-from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult
+from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
+from peft_autoqra.streaming.weight_stream import NotStreamedError
+from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult, find_checkpoint
 from peft_autoqra.units import format_seconds
+
+_IN_PROCESSES = {
+    "single": ".",
+    "ddp": ", in each of {} processes.",
+    "fsdp2": ", in the one of {} processes that held most; they share the model (FSDP2).",
+}
 
 
 def run(argv: Sequence[str]) -> Outcome | None:
@@ -28,22 +40,29 @@ def run(argv: Sequence[str]) -> Outcome | None:
     """
     recipe = RecipeParser("train").parse(argv)
     model_args, data_args, adapter_args, args, options = recipe.settings
+    distribution = find_distribution(args)
     target = _push_target(args)
     if options.dry_run:
+        args.resume_from_checkpoint, target = None, None
         args.output_dir = tempfile.gettempdir()  # the trainer makes its output directory
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # fails now rather than after quantization
-    if target is not None and not options.dry_run and args.process_index == 0:
-        with opened(target):  # fails now rather than after training
-            pass
+    find_checkpoint(args)  # likewise
+    if target is not None:
+        distribution.by_main_process(lambda: _check_opens(target))
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
+    plan = distribution.shared(lambda: _read_plan(adapter_args))
+    backend = adapter_args.quant_backend if plan is None else plan.quantizer.backend
+    if options.dry_run or backend == "bitsandbytes":
+        distribution = every_process_reads(distribution, args)  # accelerate cannot send its 4-bit layers to the others
     finetune = FineTune(
         FineTuneInputs(
-            model=load_base_model(model_args, args),
+            model=_load_model(model_args, args, plan if adapter_args.stream else None, distribution),
             processing_class=load_processing_class(model_args, args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             args=args,
             adapter=adapter_args,
+            plan=plan,
         )
     )
     if options.dry_run:
@@ -72,6 +91,31 @@ def _plan_data(finetune: FineTune) -> dict[str, Any]:
         "initialization": plan.initialization,
         "estimated": finetune.estimated.to_dict() if finetune.estimated else None,
     }
+
+
+def _check_opens(target: PushTarget) -> None:
+    """Fail now rather than after training."""
+    with opened(target):
+        pass
+
+
+def _read_plan(adapter_args: AdapterArguments) -> BitRankPlan | None:
+    return None if adapter_args.plan is None else BitRankPlan.from_pretrained(adapter_args.plan)
+
+
+def _load_model(
+    model_args: ModelArguments, args: SFTConfig, plan: BitRankPlan | None, distribution: Distribution
+) -> PreTrainedModel | None:
+    """The base, quantized by a plan while it is read; None where the first process reads for this one."""
+    quantization = None if plan is None else AutoQRAQuantConfig(plan=plan)
+
+    def load() -> PreTrainedModel:
+        try:
+            return load_base_model(model_args, args, quantization)
+        except NotStreamedError as error:
+            raise RecipeError(f"{error} On the command line: --stream false.") from error
+
+    return distribution.by_main_process(load) if distribution.first_process_reads else load()
 
 
 def _push_target(args: SFTConfig) -> PushTarget | None:
@@ -109,7 +153,8 @@ def result_text(finetune: FineTune, result: FineTuneResult) -> str:
             *_head(finetune),
             memory_table(known, exact=True) if known else "",
             *([] if result.estimated else [_unknown_optimizer(finetune)]),
-            "Activations are not counted. Measured: the bytes of all tensors at the first optimizer step.",
+            "Activations are not counted. Measured: the bytes of all tensors at the first optimizer step"
+            + _IN_PROCESSES[result.strategy].format(result.num_processes),
             "",
             f"{result.num_steps} steps in {format_seconds(result.train_seconds)}; loss while training "
             f"{result.train_loss:.4f}, held-out loss {result.eval_loss:.4f}.",

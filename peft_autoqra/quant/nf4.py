@@ -52,6 +52,34 @@ class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
         self.register_parameter("bias", linear.bias)
         self.original_dtype = linear.weight.dtype
 
+    def store_codes_as(self, dtype: torch.dtype, device: torch.device) -> None:
+        """See the same bytes as values of another dtype, which FSDP2 shards only if it is a floating one.
+
+        Changes nothing about the weight. Codes that are no whole number of such values stay bytes.
+
+        Args:
+            dtype: what the bytes are seen as; ``module.to(dtype)`` would damage them from then on.
+            device: where the layer will compute; FSDP2 moves the codes there, but not the scales.
+        """
+        state = self.weight.quant_state
+        state.to(device)
+        codes = self.weight.data.view(-1).view(torch.uint8)
+        if codes.numel() % dtype.itemsize:
+            self.weight.data = self.weight.data.to(device)  # FSDP2 leaves it where it is
+            return
+        self.quant_storage = dtype
+        self.weight = bnb.nn.Params4bit(
+            codes.view(dtype).view(-1, 1),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=state.blocksize,
+            quant_type="nf4",
+            quant_storage=dtype,
+            module=self,
+            bnb_quantized=True,
+        )
+        self.quant_state = state
+
     def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
         """Let the dtype of the dense weight follow ``module.to(dtype)``."""
         super()._apply(fn, recurse)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from peft_autoqra.dense_layers import as_linear, dense_shape, is_dense_layer
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
@@ -27,6 +30,24 @@ def fitting_names(model: nn.Module, modules: Mapping[str, QuantizedModule]) -> d
     if all(f"{prefix}{name}" in layers for name in modules):
         return {f"{prefix}{name}": module for name, module in modules.items()}
     return {name.removeprefix(prefix) if name not in layers else name: module for name, module in modules.items()}
+
+
+def empty_dense_model(
+    config: PretrainedConfig, make: Callable[[PretrainedConfig], PreTrainedModel]
+) -> PreTrainedModel:
+    """A model without values: parameters on the meta device, buffers as they are made.
+
+    Args:
+        config: of the model; a note on how it is quantized is left out.
+        make: the model of a configuration, such as ``AutoModelForCausalLM.from_config``.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = make(config)
+    model.tie_weights()
+    return model.eval()
 
 
 def put_empty_layers(model: nn.Module, modules: Mapping[str, QuantizedModule]) -> None:

@@ -58,6 +58,24 @@ def note_base(model: nn.Module, plan: BitRankPlan | None) -> None:
         base_fingerprint=plan.base_model.fingerprint if plan is not None else None,
         modules={name: describe_layer(layer) for name, layer in layers.items()},
     )
+    _note_config(model, config)
+
+
+def empty_base(model: PreTrainedModel, config: AutoQRAQuantConfig) -> None:
+    """Make a model on the meta device one that was quantized, without values.
+
+    Args:
+        model: unquantized.
+        config: of the quantized model, which another process has.
+
+    Raises:
+        PlanMismatchError: the model has no such layers.
+    """
+    put_empty_layers(model, config.modules)
+    _note_config(model, config)
+
+
+def _note_config(model: PreTrainedModel, config: AutoQRAQuantConfig) -> None:
     model.hf_quantizer = AutoQRAHfQuantizer(config, pre_quantized=False)
     model.config.quantization_config = config
     model.is_quantized = True

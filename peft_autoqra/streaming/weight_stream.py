@@ -22,6 +22,10 @@ from peft_autoqra.tuner.target_checks import resolve_targets
 from peft_autoqra.tuner.targets import Target, module_calibration
 
 
+class NotStreamedError(InvalidPlanError):
+    """A model that can be quantized only after it was loaded."""
+
+
 class WeightStream:
     """Puts quantized layers in the place of a model's linear layers, weight by weight.
 
@@ -83,7 +87,7 @@ class WeightStream:
             The configuration of the loaded model, with what each module became.
 
         Raises:
-            InvalidPlanError: the checkpoint held no weight of a module.
+            NotStreamedError: the checkpoint held no weight of a module.
             PlanMismatchError: the weights are not those that the plan was made for.
         """
         self._memory.release()
@@ -91,7 +95,7 @@ class WeightStream:
         for name, target in self._targets.items():
             layer = model.get_submodule(name)
             if layer_bits(layer) != target.wanted.bits or not _is_read(layer):
-                raise InvalidPlanError(
+                raise NotStreamedError(
                     f"The checkpoint holds no weight or bias for {name!r}, or one that transformers puts together "
                     "in a way that AutoQRA cannot quantize while loading. Leave the module out of the plan or "
                     "target_modules, or load the model without quantization_config and quantize it with "

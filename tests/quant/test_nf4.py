@@ -94,3 +94,25 @@ def test_the_dtype_of_the_dense_weight_follows_the_module() -> None:
     assert torch.equal(layer.dequantize(), weight.bfloat16())
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     torch.testing.assert_close(dense_layer(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("storage", DTYPES)
+def test_codes_seen_as_another_dtype_are_the_same_weight(storage: torch.dtype) -> None:
+    layer = NF4Linear(make_dense())
+    x = torch.randn(3, 128, requires_grad=True)
+    expected, codes = layer(x), layer.weight.data.clone()
+    layer.store_codes_as(storage, torch.device("cpu"))
+    assert layer.weight.dtype == storage
+    assert torch.equal(layer.weight.data.view(torch.uint8).view(-1), codes.view(-1))
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.dequantize(), NF4Linear(make_dense()).dequantize())
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand_as(x))
+
+
+def test_codes_that_are_no_whole_number_of_values_stay_bytes() -> None:
+    dense = make_dense(rows=1, columns=6)  # 3 bytes
+    layer = NF4Linear(dense)
+    layer.store_codes_as(torch.bfloat16, torch.device("cpu"))
+    assert layer.weight.dtype == torch.uint8
+    assert torch.equal(layer.dequantize(), NF4Linear(dense).dequantize())
