@@ -1,4 +1,4 @@
-"""Searches of models from 1B to 405B parameters on 1 to 32 workers, simulated: time, idle share, memory and money.
+"""Searches of models from 1B to 405B parameters on 1 to 16 workers, simulated: time, idle share, memory and money.
 
 The real engine asks for trials and is told losses of a synthetic landscape; a trial takes the time that its cost says,
 times a ratio that was recorded with real fine-tunes. Which trials there are follows from the cost model and the ladder
@@ -30,6 +30,7 @@ from benchmarks.scale.searches import recorded_ratios  # noqa: E402
 from benchmarks.scale.tables import memory_row, size_row, stage_rows, table, workers_row  # noqa: E402
 from benchmarks.search.overhead import measure_overhead  # noqa: E402
 from peft_autoqra.search_config import SearchArguments  # noqa: E402
+from peft_autoqra.terminal_bar import terminal_bar  # noqa: E402
 
 OVERHEAD_LAYERS = (16, 80)  # of the problems that asking is timed on, 7 groups a layer
 OVERHEAD_TRIALS = 60
@@ -57,7 +58,8 @@ def main() -> None:
         overheads = tuple(pool.map(measure_overhead, OVERHEAD_LAYERS, [OVERHEAD_TRIALS] * len(OVERHEAD_LAYERS)))
         ratios = recorded_ratios(options.trials_dir)
         world = World(gpu, Recipe(num_tokens=options.num_tokens), search, overheads, ratios)
-        found = dict(zip(cases, pool.map(run_case, [world] * len(cases), cases), strict=True))
+        searches = terminal_bar(pool.map(run_case, [world] * len(cases), cases), "simulating", len(cases))
+        found = dict(zip(cases, searches, strict=True))
     tables = {
         "sizes": [size_row(world, case, found[case]) for case in compared],
         "memory": [memory_row(world, size) for size in options.sizes],
@@ -77,7 +79,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models")
-    parser.add_argument("--num_workers", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help=f"for {REFERENCE}")
+    parser.add_argument("--num_workers", nargs="+", type=int, default=[1, 2, 4, 8, 16], help=f"for {REFERENCE}")
     parser.add_argument("--num_seeds", type=int, default=3, help=f"searches of {REFERENCE}, at least 2")
     parser.add_argument("--max_cost", type=float, default=1.0, help="of a search, in full fine-tunes")
     parser.add_argument("--num_tokens", type=float, default=recipe.num_tokens, help="of the full fine-tune")
