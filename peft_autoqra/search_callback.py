@@ -13,24 +13,49 @@ class SearchProgress:
     """How far a search is.
 
     Attributes:
-        num_told: trials that have ended, those before an interruption included.
-        num_failed: of these, without a loss.
+        trials: that have ended, in the order of telling, those before an interruption included.
         num_pending: trials that were handed out and have not ended.
-        cost: booked so far, calibration included, in units of one full fine-tune.
+        cost: booked so far, calibration and pending trials included, in units of one full fine-tune.
+        pending_cost: of it, what pending trials take.
         max_cost: its limit.
+        max_trials: limit of their number; None for none.
         seconds: summed time of the trials and of calibration.
+        max_seconds: its limit; None for none.
         best: the trial with the least loss at the last fidelity so far; None before there is one.
         best_baseline: likewise among the plans that need no search.
     """
 
-    num_told: int
-    num_failed: int
+    trials: tuple[Trial, ...]
     num_pending: int
     cost: float
+    pending_cost: float
     max_cost: float
+    max_trials: int | None
     seconds: float
+    max_seconds: float | None
     best: Trial | None
     best_baseline: Trial | None
+
+    @property
+    def num_told(self) -> int:
+        """Trials that have ended."""
+        return len(self.trials)
+
+    @property
+    def num_failed(self) -> int:
+        """Of these, without a loss."""
+        return sum(trial.loss is None for trial in self.trials)
+
+    @property
+    def ended_cost(self) -> float:
+        """Of what has ended, calibration included, in units of one full fine-tune."""
+        return self.cost - self.pending_cost
+
+    @property
+    def fraction(self) -> float:
+        """How much of the limit is used up that will be reached first; below 1 also where a search ends early."""
+        limits = [(self.ended_cost, self.max_cost), (self.num_told, self.max_trials), (self.seconds, self.max_seconds)]
+        return min(1.0, max(used / limit for used, limit in limits if limit is not None))
 
 
 class SearchCallback:

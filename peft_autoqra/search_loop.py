@@ -64,16 +64,18 @@ class SearchLoop:
     @property
     def progress(self) -> SearchProgress:
         """How far the search is."""
-        session = self._session
+        session, config, pending = self._session, self._session.setup.config, self._session.engine.pending
         last = [trial for trial in session.trials_at(session.engine.ledger.top) if trial.loss is not None]
         simple = [trial for trial in last if trial.origin.startswith("baseline")]
         return SearchProgress(
-            num_told=len(session.log.trials),
-            num_failed=sum(trial.loss is None for trial in session.log.trials),
-            num_pending=len(session.engine.pending),
+            trials=tuple(session.log.trials),
+            num_pending=len(pending),
             cost=session.cost,
-            max_cost=session.setup.config.max_cost,
+            pending_cost=sum(session.engine.ledger.level_costs[request.level] for request in pending),
+            max_cost=config.max_cost,
+            max_trials=config.max_trials,
             seconds=self._seconds,
+            max_seconds=config.max_seconds,
             best=min(last, key=lambda trial: trial.loss or 0.0, default=None),
             best_baseline=min(simple, key=lambda trial: trial.loss or 0.0, default=None),
         )

@@ -176,15 +176,7 @@ class SearchSetup:
 
     def calibration_bytes(self) -> tuple[int, int]:
         """Bytes that a calibration keeps at most: of the bank, and of the statistics it is made from."""
-        backend, rank = make_backend(self.quantizer), self.bank_settings.fit.max_rank
-        bank = statistics = 0
-        for name, layer in self.linears.items():
-            out_features, in_features = dense_shape(layer)
-            statistics += 4 * (min(in_features, MAX_GRAM_FEATURES) * in_features + out_features)
-            for bits in self.bank_settings.bit_choices:
-                bank += sum(backend.num_bytes(out_features, in_features, bits, name))
-                bank += 2 * min(rank, out_features, in_features) * (out_features + in_features)
-        return bank, statistics
+        return calibration_bytes(self.linears, self.bank_settings)
 
     def evaluator(self, bank: CalibrationBank) -> SFTEvaluator:
         """Evaluates plans on the model, whose weights it overwrites."""
@@ -226,6 +218,19 @@ class SearchSetup:
             "train_dataset": _digest(self.data.train),
             "eval_dataset": _digest(self.data.held_out),
         }
+
+
+def calibration_bytes(linears: Mapping[str, DenseLayer], settings: BankSettings) -> tuple[int, int]:
+    """Bytes that a calibration of these layers keeps at most: of the bank, and of the statistics it is made from."""
+    backend, rank = make_backend(settings.quantizer), settings.fit.max_rank
+    bank = statistics = 0
+    for name, layer in linears.items():
+        out_features, in_features = dense_shape(layer)
+        statistics += 4 * (min(in_features, MAX_GRAM_FEATURES) * in_features + out_features)
+        for bits in settings.bit_choices:
+            bank += sum(backend.num_bytes(out_features, in_features, bits, name))
+            bank += 2 * min(rank, out_features, in_features) * (out_features + in_features)
+    return bank, statistics
 
 
 def _mean_length(dataset: Dataset) -> float:

@@ -21,6 +21,8 @@ from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.progress_bar import ProgressBar
+from peft_autoqra.progress_log import ProgressLog
+from peft_autoqra.reporting_integrations import make_integrations
 from peft_autoqra.search.ledger import Arm
 from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.search_config import AutoQRASearchConfig
@@ -30,6 +32,7 @@ from peft_autoqra.search_loop import SearchLoop
 from peft_autoqra.search_result import ComparedPlan, SearchResult
 from peft_autoqra.search_session import SearchSession
 from peft_autoqra.search_setup import SearchInputs, SearchSetup, load_model, load_tokenizer
+from peft_autoqra.search_tracker import SearchTracker
 from peft_autoqra.trial import Evaluator, Trial, TrialResult
 from peft_autoqra.trial_log import TrialLog
 
@@ -54,15 +57,17 @@ class AutoQRASearcher:
         train_dataset: in any format that SFTTrainer takes.
         eval_dataset: likewise; plans are chosen by the loss on it, so report final figures on other data.
         processing_class: the tokenizer; the model's own by default.
-        args: the recipe of the real fine-tune.
+        args: the recipe of the real fine-tune. The search is one run of each tracker in its ``report_to``.
         search_config: what to search and how much to spend.
-        show_progress: show progress bars.
+        show_progress: show progress bars, on terminals and in notebooks; ``disable_tqdm`` of the recipe goes before.
         callbacks: are told what happens in :meth:`run`.
 
     Raises:
         InvalidPlanError: choices, modules or optimizer that cannot be planned.
         MemoryBudgetError: a budget that cannot be read or reached; the message names the smallest reachable one.
         CalibrationError: empty data.
+        MissingDependencyError: a tracker of ``report_to`` that is not installed.
+        RecipeError: one that transformers does not know.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class AutoQRASearcher:
     ) -> None:
         """Check settings and prepare data; nothing long runs yet."""
         self.config = search_config or AutoQRASearchConfig()
+        integrations = make_integrations(args.report_to)
         self.setup = SearchSetup(
             SearchInputs(
                 model=load_model(model, args),
@@ -89,8 +95,13 @@ class AutoQRASearcher:
                 config=self.config,
             )
         )
-        self._show_progress = show_progress
-        self._callbacks = (*([ProgressBar()] if show_progress else []), *callbacks)
+        self._show_progress = show_progress and not args.disable_tqdm
+        self._callbacks = (
+            *([ProgressBar()] if self._show_progress else []),
+            ProgressLog(),
+            *([SearchTracker(integrations, args, self.config, self.setup.model)] if integrations else []),
+            *callbacks,
+        )
         self._opened: _Open | None = None
 
     @property

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.importance.activation_store import ActivationStore
@@ -17,6 +16,7 @@ from peft_autoqra.importance.block_chain import BlockCall, BlockChain, forward_r
 from peft_autoqra.importance.calibration_batch import CalibrationBatch
 from peft_autoqra.importance.recorder import StatisticsRecorder
 from peft_autoqra.importance.statistics import StatisticsStore
+from peft_autoqra.terminal_bar import terminal_bar
 
 
 class BlockCalibration:
@@ -63,7 +63,7 @@ class BlockCalibration:
             show_progress: show a progress bar.
         """
         depth = len(self._chain.blocks)
-        with tqdm(total=2 * depth - self._lowest, desc="calibrating", disable=not show_progress) as steps:
+        with terminal_bar(total=2 * depth - self._lowest, desc="calibrating", show=show_progress) as steps:
             calls = self._start()
             if self._next_back() is None:
                 for index in range(depth):

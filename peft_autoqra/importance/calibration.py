@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from peft_autoqra.dense_layers import DENSE_LAYERS, dense_weight
@@ -30,6 +29,7 @@ from peft_autoqra.importance.calibration_batch import CalibrationBatch
 from peft_autoqra.importance.recorder import StatisticsRecorder
 from peft_autoqra.importance.statistics import FORMAT_VERSION, CalibrationStatistics, StatisticsStore
 from peft_autoqra.importance.whole_file import one_at_a_time
+from peft_autoqra.terminal_bar import terminal_bar
 
 _NO_COMPUTATION = re.compile("name_or_path|transformers_version|_commit|architectures|token_id|cache|dtype")
 """Entries of a model's configuration that do not change what it computes here."""
@@ -256,7 +256,7 @@ class _Calibration:
         recorder = StatisticsRecorder(self.modules, self.options.max_gram_features)
         generator = torch.Generator(self.batches[0].device).manual_seed(self.options.seed)
         with recorder.attached(), _gradients_from(self.model.get_input_embeddings()):
-            for batch in tqdm(self.batches, "calibrating", disable=not self.options.show_progress):
+            for batch in terminal_bar(self.batches, "calibrating", show=self.options.show_progress):
                 recorder.start_batch(batch.mask)
                 batch.back_propagate(self.model(**batch.inputs, use_cache=False).logits, generator)
         self.store.add(0, recorder.statistics(sum(batch.num_predictions for batch in self.batches)))

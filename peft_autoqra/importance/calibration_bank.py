@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from peft_autoqra.errors import CalibrationError, InvalidPlanError
@@ -31,6 +30,7 @@ from peft_autoqra.importance.whole_file import one_at_a_time
 from peft_autoqra.plan import DENSE_BITS, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import Correction, PlanCalibration
 from peft_autoqra.quant.backends import calibrated_backend
+from peft_autoqra.terminal_bar import terminal_bar
 
 FORMAT_VERSION = 3
 """Raised when the same data would give other corrections or codes, so that old caches are not used."""
@@ -177,7 +177,7 @@ def build_calibration_bank(
         if missing:
             statistics = calibrate(model, batches, names, options, fingerprint=statistics_fingerprint)
             modules = calibrated_modules(linear_weights(model, missing), statistics)
-            for module in tqdm(modules, "scoring bits and ranks", len(missing), disable=not show_progress):
+            for module in terminal_bar(modules, "scoring bits and ranks", len(missing), show=show_progress):
                 _fit_module(module, missing[module.name], settings, store)
     entries = {key: entry or store.get(*key) for key, entry in found.items()}
     return CalibrationBank(settings, fingerprint, {key: entry for key, entry in entries.items() if entry is not None})

@@ -1,0 +1,1 @@
+"""Searches on more and larger machines than there are, simulated."""
