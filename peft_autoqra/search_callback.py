@@ -18,7 +18,7 @@ class SearchProgress:
         num_pending: trials that were handed out and have not ended.
         cost: booked so far, calibration included, in units of one full fine-tune.
         max_cost: its limit.
-        seconds: summed time of the trials and of calibration.
+        seconds: wall-clock time of the trials and of calibration, interruptions left out.
         best: the trial with the least loss at the last fidelity so far; None before there is one.
         best_baseline: likewise among the plans that need no search.
     """

@@ -186,9 +186,16 @@ class SearchSetup:
                 bank += 2 * min(rank, out_features, in_features) * (out_features + in_features)
         return bank, statistics
 
-    def evaluator(self, bank: CalibrationBank) -> SFTEvaluator:
-        """Evaluates plans on the model, whose weights it overwrites."""
-        self.resident = ResidentModel(self.model, self.linears, bank, materialize=self.config.materialize)
+    def evaluator(self, bank: CalibrationBank, *, memory_share: float = 1.0) -> SFTEvaluator:
+        """Evaluates plans on the model, whose weights it overwrites.
+
+        Args:
+            bank: of the model.
+            memory_share: of the device's free memory that this process may use.
+        """
+        self.resident = ResidentModel(
+            self.model, self.linears, bank, materialize=self.config.materialize, memory_share=memory_share
+        )
         return SFTEvaluator(
             self.resident,
             self.data,

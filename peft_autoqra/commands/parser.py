@@ -16,11 +16,12 @@ import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
+from peft_autoqra.executors.arguments import ExecutorArguments
 from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments, RecipeError
 from peft_autoqra.search_config import SearchArguments
 
 RECIPE_FILE = "recipe.yaml"
-RECIPE_TYPES = (ModelArguments, DataArguments, SearchArguments, AdapterArguments, SFTConfig)
+RECIPE_TYPES = (ModelArguments, DataArguments, SearchArguments, ExecutorArguments, AdapterArguments, SFTConfig)
 """One recipe serves all commands; each takes its own settings from it."""
 
 _COMMON_TRAINING_FIELDS = (
@@ -215,6 +216,7 @@ def _topics(parser: Any, *, show_all: bool) -> list[tuple[str, set[str]]]:
         ModelArguments: "model",
         DataArguments: "data",
         SearchArguments: "search",
+        ExecutorArguments: "workers",
         AdapterArguments: "bits and ranks",
         SFTConfig: "fine-tune (TRL's SFTConfig)",
     }

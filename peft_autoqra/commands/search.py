@@ -9,6 +9,7 @@ from pathlib import Path
 from peft_autoqra.commands.parser import RECIPE_FILE
 from peft_autoqra.commands.searcher_recipe import read_searcher
 from peft_autoqra.commands.tables import memory_table, text_table
+from peft_autoqra.executors.arguments import ExecutorArguments, make_executor
 from peft_autoqra.report import write_report
 from peft_autoqra.search_result import PLAN_FOLDER, ComparedPlan, SearchResult
 from peft_autoqra.searcher import SearchEstimate
@@ -23,11 +24,12 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         AutoQRAError: settings, data, model or output directory cannot be used.
     """
-    searcher, recipe, options = read_searcher("search", DESCRIPTION, argv)
+    searcher, recipe, options = read_searcher("search", DESCRIPTION, argv, ExecutorArguments)
     if options.dry_run:
         print(estimate_text(searcher.estimate()))  # noqa: T201
         return 0
-    result = searcher.run()
+    workers: ExecutorArguments = recipe.settings[-2]
+    result = searcher.run(make_executor(workers), deterministic=workers.deterministic)
     directory = searcher.output_dir
     recipe.save(directory)
     report = write_report(directory)

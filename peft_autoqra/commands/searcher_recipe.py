@@ -15,7 +15,7 @@ from peft_autoqra.searcher import AutoQRASearcher
 
 
 def read_searcher(
-    command: str, description: str, argv: Sequence[str]
+    command: str, description: str, argv: Sequence[str], *more_types: type
 ) -> tuple[AutoQRASearcher, ParsedRecipe, CommandOptions]:
     """Read recipe and flags, load model and data, and check them against each other.
 
@@ -23,13 +23,14 @@ def read_searcher(
         command: such as ``"search"``.
         description: of the command, for its help.
         argv: its flags.
+        more_types: further settings, which the recipe has after those of all such commands.
 
     Raises:
         AutoQRAError: settings, data, model or output directory cannot be used.
     """
-    types = (ModelArguments, DataArguments, SearchArguments, SFTConfig)
+    types = (ModelArguments, DataArguments, SearchArguments, SFTConfig, *more_types)
     recipe = RecipeParser(command, types, description=description, output_dir="search-out").parse(argv)
-    model_args, data_args, search_args, args, options = recipe.settings
+    model_args, data_args, search_args, args, *_, options = recipe.settings
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
     searcher = AutoQRASearcher(
         load_base_model(model_args, args),
