@@ -1,4 +1,4 @@
-"""Searches with several trials under way, in any order of arrival, with executors that come, go and are interrupted."""
+"""Searches with several trials under way, told in any order, by executors that come, go and are interrupted."""
 
 from __future__ import annotations
 

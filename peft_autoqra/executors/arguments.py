@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft_autoqra.errors import ExecutorError
 from peft_autoqra.executors.executor import TrialExecutor
 from peft_autoqra.executors.in_process import InProcessExecutor
 from peft_autoqra.executors.ray_executor import RayExecutor
+from peft_autoqra.recipe import RecipeError
 
 _OF_WORKERS = ("ray_address", "num_workers", "cpus_per_worker", "gpus_per_worker")
 
@@ -27,7 +27,7 @@ class ExecutorArguments:
             neither it nor the order of arrival changes what is found.
 
     Raises:
-        ExecutorError: settings of workers without workers.
+        RecipeError: an executor that is none of these, or settings of workers without workers.
     """
 
     executor: Literal["in_process", "ray"] = field(
@@ -52,10 +52,10 @@ class ExecutorArguments:
     def __post_init__(self) -> None:
         """Workers need a cluster."""
         if self.executor not in ("in_process", "ray"):
-            raise ExecutorError(f"executor={self.executor!r} must be in_process or ray.")
+            raise RecipeError(f"executor={self.executor!r} must be in_process or ray.")
         given = [name for name in _OF_WORKERS if getattr(self, name) is not None]
         if self.executor == "in_process" and given:
-            raise ExecutorError(f"{', '.join(given)}: one process has no workers; set executor to ray.")
+            raise RecipeError(f"{', '.join(given)}: one process has no workers; set executor to ray.")
 
 
 def make_executor(args: ExecutorArguments) -> TrialExecutor:

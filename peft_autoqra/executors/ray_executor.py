@@ -23,7 +23,7 @@ from peft_autoqra.trial import Trial, TrialResult, TrialStatus
 START_TIMEOUT_SECONDS = 600.0
 GRACE_SECONDS = 60.0
 POLL_SECONDS = 1.0  # how soon a node that joins is seen
-MEMORY_COPIES = 2  # of the weights, that a worker reserves: its own, and those of the plan that it evaluates
+MEMORY_COPIES = 2  # of the weights, that a worker on a CPU reserves: its own, and those of the plan that it evaluates
 
 
 class RayExecutor:
@@ -31,7 +31,7 @@ class RayExecutor:
 
     A trial whose worker is lost, with its node or alone, goes to another one; after three losses it has failed. New
     workers take the place of lost ones. Without ``num_workers`` there are as many as the cluster has room for, also
-    when nodes join later: each takes its CPUs, its share of a GPU, and memory for twice the weights.
+    when nodes join later: each takes its CPUs and its share of a GPU, or else memory for twice the weights.
 
     Files of the search are read where they lie when the nodes see its folders; else they are sent through Ray's object
     store once for each node.
@@ -88,10 +88,9 @@ class RayExecutor:
     def open(self, source: WorkerSource) -> None:
         """Start as many workers as there is room for."""
         self._source = source
-        self._resources = {"CPU": float(self._cpus), "memory": float(MEMORY_COPIES * source.weight_bytes)}  # bytes
         gpus = float(source.needs_gpu) if self._gpus is None else self._gpus
-        if gpus:
-            self._resources["GPU"] = gpus
+        weights = {"GPU": gpus} if gpus else {"memory": float(MEMORY_COPIES * source.weight_bytes)}
+        self._resources = {"CPU": float(self._cpus), **weights}
         self._start_workers()
 
     def submit(self, trial: Trial) -> None:
@@ -144,7 +143,7 @@ class RayExecutor:
         options = {
             "num_cpus": self._resources["CPU"],
             "num_gpus": self._resources.get("GPU", 0.0),
-            "memory": self._resources["memory"],
+            "memory": self._resources.get("memory"),
             "max_restarts": 0,  # a lost worker's trial may go to another one before it is replaced
         }
         actor = self._ray.remote(RayTrialWorker).options(**options).remote()

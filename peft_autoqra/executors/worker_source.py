@@ -14,6 +14,8 @@ from peft_autoqra.importance.calibration_bank import CalibrationBank, bank_folde
 from peft_autoqra.search_setup import SearchSetup
 from peft_autoqra.trial import Evaluator
 
+_PREFIX = "workers-"
+
 
 class WorkerSource:
     """The search's own model for one who works in its process; files for workers in others.
@@ -22,13 +24,14 @@ class WorkerSource:
         setup: model, data and settings.
         bank: calibration.
         cache_dir: where it is kept.
-        directory: where files for workers are written; they are removed in the end.
+        directory: where files for workers are written; they are removed in the end, with those of searches that were
+            killed. It is the search's alone.
     """
 
     def __init__(self, setup: SearchSetup, bank: CalibrationBank, *, cache_dir: Path, directory: Path) -> None:
         """Nothing is written or loaded yet."""
         self._setup, self._bank, self._cache_dir = setup, bank, cache_dir
-        self._folder = directory / f"workers-{uuid.uuid4().hex[:12]}"  # so that a worker cannot see another's
+        self._directory = directory
         self._is_resident = False
         self._device = next(setup.model.parameters()).device
 
@@ -63,7 +66,8 @@ class WorkerSource:
             ExecutorError: they cannot be written.
         """
         bank = bank_folder(self._cache_dir, self._bank.fingerprint)
-        files = write_worker_files(self._setup, self._bank, self._folder, bank)
+        folder = self._directory / f"{_PREFIX}{uuid.uuid4().hex[:12]}"  # seen by a worker it is this one, not its like
+        files = write_worker_files(self._setup, self._bank, folder, bank)
         if self._device.type != "cpu":
             self._setup.model.to("cpu")
             torch.accelerator.empty_cache()
@@ -75,4 +79,5 @@ class WorkerSource:
             self._setup.resident.restore()
         if self._device.type != "cpu":
             self._setup.model.to(self._device)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in self._directory.glob(f"{_PREFIX}*"):
+            shutil.rmtree(folder, ignore_errors=True)
