@@ -31,7 +31,7 @@ class ExecutorArguments:
     """
 
     executor: Literal["in_process", "ray"] = field(
-        default="in_process", metadata={"help": "Who evaluates trials: in_process, or ray for workers in a cluster."}
+        default="in_process", metadata={"help": "Where trials run: in_process, or ray for workers in a cluster."}
     )
     ray_address: str | None = field(
         default=None, metadata={"help": "Of a running cluster, such as auto; by default one is started here."}

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import logging
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peft_autoqra.errors import ExecutorError, MissingDependencyError
+from peft_autoqra.errors import ExecutorError
 from peft_autoqra.executors.lost_trials import MAX_LOSSES, LostTrials
-from peft_autoqra.executors.worker import TrialWorker, WorkerSettings
-from peft_autoqra.executors.worker_files import WorkerFiles, WorkerFilesNotSeenError
+from peft_autoqra.executors.ray_worker import RayTrialWorker, import_ray
+from peft_autoqra.executors.worker_files import WorkerFilesNotSeenError
 from peft_autoqra.executors.worker_source import WorkerSource
 from peft_autoqra.trial import Trial, TrialResult, TrialStatus
 
-START_TIMEOUT_SECONDS = 600.0
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_SECONDS = 1800.0  # machines may have to be hired, and the model read
 GRACE_SECONDS = 60.0
 POLL_SECONDS = 1.0  # how soon a node that joins is seen
 MEMORY_COPIES = 2  # of the weights, that a worker on a CPU reserves: its own, and those of the plan that it evaluates
@@ -62,7 +61,7 @@ class RayExecutor:
         grace_seconds: float = GRACE_SECONDS,
     ) -> None:
         """Connect; no worker is started yet."""
-        self._ray = _import_ray()
+        self._ray = import_ray()
         if (num_workers is not None and num_workers < 1) or cpus_per_worker < 1 or (gpus_per_worker or 0) < 0:
             raise ExecutorError(
                 f"num_workers={num_workers} and cpus_per_worker={cpus_per_worker} must be at least 1, and "
@@ -197,6 +196,9 @@ class RayExecutor:
         if isinstance(error, WorkerFilesNotSeenError) and not worker.was_shipped:
             worker.was_shipped, worker.answer = True, self._prepared(worker.actor)
             return None
+        if any(other.is_ready for other in self._workers):
+            logger.warning("A worker could not begin, and is left out: %s", error)
+            return self._dropped(worker, str(error))
         raise ExecutorError(f"A worker could not begin: {error}") from error
 
     def _dropped(self, worker: _Worker, reason: str) -> tuple[int, TrialResult] | None:
@@ -257,59 +259,6 @@ class _Worker:
     trial: Trial | None = None
     is_ready: bool = False
     was_shipped: bool = False
-
-
-class RayTrialWorker:
-    """What runs in an actor; made without work, so that errors of loading are told from a process that died."""
-
-    def __init__(self) -> None:
-        """Nothing is loaded yet."""
-        self._worker: TrialWorker | None = None
-
-    def prepare(self, files: WorkerFiles, shipped: Mapping[str, Any], num_threads: int, gpu_share: float) -> None:
-        """Load model and calibration.
-
-        Args:
-            files: of the search.
-            shipped: references to their contents by place, for nodes that do not see the files; empty where none
-                needs them.
-            num_threads: of computations on the CPU.
-            gpu_share: of one GPU that is this worker's; 0 for none.
-
-        Raises:
-            ExecutorError: as :class:`TrialWorker`.
-        """
-        share = gpu_share or num_threads / (os.cpu_count() or 1)
-        # Ray hides GPUs from those only that asked for some others
-        settings = WorkerSettings(num_threads, memory_share=min(share, 1.0), use_cpu=not gpu_share)
-        if not shipped or (files.folder.is_dir() and files.bank.is_dir()):
-            self._worker = TrialWorker(files, settings)
-            return
-        ray = _import_ray()
-        with tempfile.TemporaryDirectory(prefix="autoqra-worker-") as directory:  # mapped files outlive their names
-            for name, reference in shipped.items():
-                path = Path(directory, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                ray.get(reference).tofile(path)
-            self._worker = TrialWorker(WorkerFiles.below(Path(directory)), settings)
-
-    def evaluate(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """As :meth:`TrialWorker.evaluate`.
-
-        Raises:
-            ExecutorError: it is not prepared.
-        """
-        if self._worker is None:
-            raise ExecutorError("The worker is not prepared.")
-        return self._worker.evaluate(record)
-
-
-def _import_ray() -> Any:
-    try:
-        import ray  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise MissingDependencyError("Ray is not installed: pip install 'peft-autoqra[ray]'.") from error
-    return ray
 
 
 def _connect(ray: Any, address: str | None) -> bool:

@@ -13,7 +13,8 @@ import yaml
 from peft_autoqra import BitRankPlan, cli
 from peft_autoqra.errors import ExecutorError
 from peft_autoqra.executors.arguments import ExecutorArguments, make_executor
-from peft_autoqra.executors.ray_executor import RayExecutor, RayTrialWorker
+from peft_autoqra.executors.ray_executor import RayExecutor
+from peft_autoqra.executors.ray_worker import RayTrialWorker
 from peft_autoqra.executors.worker_files import WorkerFiles
 from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.trial import TrialResult, TrialStatus

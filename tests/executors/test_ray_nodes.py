@@ -59,3 +59,31 @@ def test_a_machine_joins_and_the_first_one_leaves(cluster, make_searcher, tiny_l
     check_counted_once(result)
     assert events == ["joined", "left"]
     assert all(trial.result.status is TrialStatus.COMPLETED for trial in result.trials)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_machine_that_cannot_load_the_model_is_left_out(cluster, make_searcher, tiny_llama, tmp_path, caplog):
+    pause, model = tmp_path / "pause", tiny_llama()
+    model.model.layers[-1].register_forward_pre_hook(Pause(pause))
+
+    class GoOn(logging.Handler):
+        def emit(self, record):
+            pause.unlink(missing_ok=True)
+
+    class Damage(SearchCallback):
+        def on_trial_end(self, trial, progress):
+            if trial.number == 0:
+                next(tmp_path.glob("workers-*/setup.pt")).unlink()
+                pause.touch()
+                cluster.add_node(num_cpus=1, **NODE)
+
+    logger, handler = logging.getLogger("peft_autoqra.executors.ray_executor"), GoOn()
+    logger.addHandler(handler)
+    try:
+        result = make_searcher(tmp_path, model, [Damage()]).run(RayExecutor())
+    finally:
+        logger.removeHandler(handler)
+    check_counted_once(result)
+    assert "A worker could not begin, and is left out: A worker cannot load the model" in caplog.text
+    assert all(trial.result.status is TrialStatus.COMPLETED for trial in result.trials)
