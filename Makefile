@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality bench clean
+.PHONY: help install demo test quality bench docs clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [TORCH='torch==2.13.0']"
@@ -46,6 +46,9 @@ bench: $(STAMP) ## Run scripts/benchmark_*.py
 	@set -e; for script in $(sort $(wildcard scripts/benchmark_*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
+docs: $(STAMP) ## Build the API reference from the docstrings, into docs/api
+	$(BIN)/python scripts/build_api_docs.py $(ARGS)
+
 clean: ## Remove .venv, caches and build output
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/api .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find peft_autoqra tests scripts examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -61,6 +61,12 @@ class ModuleShape:
 class MemoryModel:
     """Knows the shapes of a model and from them the bytes of any plan.
 
+    Example:
+        ```python
+        memory = MemoryModel.from_model(base)
+        print(memory.estimate(memory.uniform(bits=3, rank=16)).total_bytes)
+        ```
+
     Attributes:
         modules: targeted module name to shape.
         untouched_bytes: all other parameters and buffers, shared ones counted once.

@@ -145,6 +145,13 @@ class BitRankPlan(
 ):
     """Immutable mapping from module names to :class:`LayerPlan`, equal by value.
 
+    Example:
+        ```python
+        plan = BitRankPlan({"model.layers.0.mlp.down_proj": LayerPlan(bits=8, rank=4)})
+        plan.save_pretrained("plan")
+        assert BitRankPlan.from_pretrained("plan") == plan
+        ```
+
     Args:
         layers: module name (as in ``named_modules()`` of the base model) to its bits and rank.
         shapes: module name to weight shape ``(out_features, in_features)``; checked when the plan is applied.

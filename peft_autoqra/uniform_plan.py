@@ -20,6 +20,12 @@ def uniform_plan(
 ) -> BitRankPlan:
     """The same bits and rank for every targeted linear layer; calibrate it with ``calibrate_plan``.
 
+    Example:
+        ```python
+        plan = uniform_plan(base, bits=3, rank=16)
+        print(plan.memory.stored_bytes)
+        ```
+
     Args:
         model: unquantized.
         bits: 2, 3, 4, 8 or 16.

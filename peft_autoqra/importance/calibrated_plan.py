@@ -32,6 +32,13 @@ def calibrate_plan(
     With the ``"gptq"`` backend, and with ``alternations``, the plan also carries the quantized weights, since nothing
     less gives them again: its files, and those of adapters made with it, grow by the size of the quantized model.
 
+    Example:
+        ```python
+        batches = [tokenizer(text, return_tensors="pt") for text in texts]
+        plan = calibrate_plan(uniform_plan(base, bits=3, rank=16), base, batches)
+        model = get_peft_model(base, AutoQRAConfig(plan=plan, task_type="CAUSAL_LM"))
+        ```
+
     Args:
         plan: with a quantizer that takes a calibration.
         model: the unquantized model the plan is for; left as it was.

@@ -38,6 +38,12 @@ class AutoQRAConfig(LoraConfig):
     Saved to disk it is an ordinary LoRA configuration with a few keys more, so PEFT without this package still reads
     the adapter as plain LoRA.
 
+    Example:
+        ```python
+        config = AutoQRAConfig(bits=3, r=16, bits_pattern={"down_proj": 4}, task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)  # quantizes in place, adds adapters
+        ```
+
     Args:
         plan: bits and rank of every module: a :class:`~peft_autoqra.BitRankPlan`, a mapping like it, or a folder or
             hub id of one. It decides ``target_modules``, ``r``, ``rank_pattern``, ``bits``, ``bits_pattern``,
