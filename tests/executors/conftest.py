@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -59,8 +60,14 @@ def make_searcher(tiny_llama, tmp_path_factory) -> MakeSearcher:
     return make
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
     """As workers have: sums that are split among threads are rounded otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -71,7 +78,8 @@ def one_thread():
 @pytest.fixture(scope="session")
 def whole(make_searcher, tmp_path_factory) -> list[tuple]:
     """The deterministic search, in this process."""
-    return outcomes(make_searcher(tmp_path_factory.mktemp("whole")).run(deterministic=True).trials)
+    with one_thread():
+        return outcomes(make_searcher(tmp_path_factory.mktemp("whole")).run(deterministic=True).trials)
 
 
 def outcomes(trials: tuple[Trial, ...] | list[Trial]) -> list[tuple]:

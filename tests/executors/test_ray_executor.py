@@ -73,14 +73,14 @@ def test_one_worker_is_killed_half_way_and_one_hangs(cluster, make_searcher, tin
     watch, model = Watch(on_begin=strike), tiny_llama()
     model.model.layers[-1].register_forward_pre_hook(Misfortune(file))
     executor = RayExecutor(gpus_per_worker=0.5, grace_seconds=0.5)
-    result = make_searcher(tmp_path, model, [watch], max_trial_seconds=12.0).run(executor)
+    result = make_searcher(tmp_path, model, [watch], max_trial_seconds=15.0).run(executor)
     check_counted_once(result)
     assert len(result.trials) == 9
     assert sorted(watch.begun) == list(range(9))
     assert watch.ended == [trial.number for trial in result.trials]
     assert watch.most_pending == 2
     (failed,) = [trial for trial in result.trials if trial.result.status is TrialStatus.FAILED]
-    assert "longer than 12 seconds (max_trial_seconds) and could not be stopped; its worker was" in failed.result.error
+    assert "longer than 15 seconds (max_trial_seconds) and could not be stopped; its worker was" in failed.result.error
     baselines = [outcome for outcome in sorted(outcomes(result.trials)) if outcome[1].startswith("baseline")]
     assert baselines == [outcome for outcome in whole if outcome[1].startswith("baseline")]
     assert ray.is_initialized()  # it was there before
