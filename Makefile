@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality bench docs clean
+.PHONY: help install demo browser test quality bench docs clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [TORCH='torch==2.13.0']"
@@ -33,7 +33,15 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Search, fine-tune and compare on SmolLM2-135M (ARGS='--help' for options)
 	$(BIN)/python scripts/demo.py $(ARGS)
 
-test: $(STAMP) ## Run the tests, without those marked slow, gpu or hub (ARGS='-m slow' for others)
+# A browser that cannot be had skips its tests and nothing else.
+browser:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends \
+			chromium chromium-driver fonts-dejavu-core >/dev/null; } || \
+		echo "There is no chromium with chromedriver: the tests that open a report in a browser will be skipped."
+
+test: $(STAMP) browser ## Run the tests, without those marked slow, gpu or hub (ARGS='-m slow' for others)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 quality: $(STAMP) ## Run ruff, mypy and import-linter

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
 
+from peft_autoqra.card_pictures import FRONT_FILE, MEMORY_FILE
 from peft_autoqra.markdown import inline_code, markdown_table
 from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.memory_figure import MEMORY_PARTS
 from peft_autoqra.plan_grid import BitsAndRank
 from peft_autoqra.plan_picture import PICTURE_FILE
+from peft_autoqra.plan_points import points_from
 from peft_autoqra.plan_table import plan_table
 from peft_autoqra.readme import hub_id
-from peft_autoqra.units import format_bytes
+from peft_autoqra.units import format_bytes, format_signed
 
 TAGS = ("autoqra", "lora", "quantization")
 _TITLE = "# AutoQRA plan for"
-_PARTS = {
-    "weight_bytes": "planned weights",
-    "metadata_bytes": "quantization metadata",
-    "untouched_bytes": "untouched modules",
-    "adapter_bytes": "adapters",
-    "gradient_bytes": "gradients",
-    "optimizer_bytes": "optimizer states",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +55,19 @@ class PlanCard:
     memory: MemoryEstimate | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def render(self, *, with_picture: bool) -> str:
+    def render(self, pictures: Collection[str]) -> str:
         """The whole file, YAML header included.
 
         Args:
-            with_picture: whether ``autoqra_plan.png`` lies beside it.
+            pictures: names of the files with pictures that lie beside it.
         """
         sections = [
             self._header(),
             self._introduction(),
             markdown_table(("figure", "value"), self.figures()),
-            "## Plan\n\n" + plan_section(self.layers, with_picture=with_picture),
-            "## Memory\n\n" + memory_section({"estimated": self.memory}) if self.memory else "",
+            "## Plan\n\n" + plan_section(self.layers, pictures),
+            "## Search\n\n" + search_section(self.provenance) if FRONT_FILE in pictures else "",
+            "## Memory\n\n" + memory_section({"estimated": self.memory}, pictures) if self.memory else "",
             self._usage(),
             versions_line("peft-autoqra"),
         ]
@@ -147,30 +144,57 @@ def is_plan_card(text: str) -> bool:
     return f"\n- {TAGS[0]}\n" in header and body.lstrip().startswith(_TITLE)
 
 
-def plan_section(layers: Mapping[str, BitsAndRank], *, with_picture: bool) -> str:
+def plan_section(layers: Mapping[str, BitsAndRank], pictures: Collection[str]) -> str:
     """The plan as a picture and as a table.
 
     Args:
         layers: module name to bits and rank.
-        with_picture: whether the file of the picture lies beside the card.
+        pictures: names of the files with pictures that lie beside the card.
     """
     has_ranks = any(layer.rank for layer in layers.values())
     meaning = "Colour is bits, the area of a dot is rank." if has_ranks else "Colour is bits."
     picture = f"![Layers down, module types across. {meaning} The table below says the same.]({PICTURE_FILE})"
-    return "\n\n".join([*([picture] if with_picture else []), plan_table(layers)])
+    return "\n\n".join([*([picture] if PICTURE_FILE in pictures else []), plan_table(layers)])
 
 
-def memory_section(columns: Mapping[str, MemoryEstimate | None]) -> str:
+def search_section(provenance: Mapping[str, Any]) -> str:
+    """The Pareto front of the search as a picture, which lies beside the card, and as a table."""
+    points = sorted(points_from(provenance), key=lambda point: point.total_bytes)
+    rows = [
+        (
+            point.name or f"{point.stage.replace('_', ' ')}, on the front",
+            format_bytes(point.total_bytes),
+            format_signed(point.difference),
+            " to ".join(map(format_signed, point.interval)) if math.isfinite(point.interval[0]) else "",
+        )
+        for point in points
+    ]
+    picture = (
+        f"![Held-out loss against memory: the Pareto front of the search and the plans that need no search. The table "
+        f"below says the same.]({FRONT_FILE})"
+    )
+    note = "Nats per token, on the held-out sequences and training seeds that both had; the plan was chosen on them."
+    return "\n\n".join(
+        [picture, note, markdown_table(("plan", "memory", "loss minus the winner's", "95% interval"), rows)]
+    )
+
+
+def memory_section(columns: Mapping[str, MemoryEstimate | None], pictures: Collection[str] = ()) -> str:
     """Bytes by part.
 
     Args:
         columns: title to bytes; those that are None are left out.
+        pictures: names of the files with pictures that lie beside the card.
     """
     known = {title: memory for title, memory in columns.items() if memory is not None}
-    rows = [(title, *(f"{getattr(memory, part):,}" for memory in known.values())) for part, title in _PARTS.items()]
+    rows = [
+        (title, *(f"{getattr(memory, part):,}" for memory in known.values())) for part, title in MEMORY_PARTS.items()
+    ]
     rows.append(("stored", *(f"{memory.stored_bytes:,}" for memory in known.values())))
     rows.append(("training", *(f"{memory.total_bytes:,}" for memory in known.values())))
-    return "Activations are not counted.\n\n" + markdown_table(("bytes", *known), rows)
+    table = "Activations are not counted.\n\n" + markdown_table(("bytes", *known), rows)
+    picture = f"![Bytes by part, as the table below says, against the budget.]({MEMORY_FILE})\n\n"
+    return (picture if MEMORY_FILE in pictures else "") + table
 
 
 def versions_line(*distributions: str) -> str:

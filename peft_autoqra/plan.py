@@ -18,6 +18,7 @@ import numpy as np
 from huggingface_hub import ModelCard, ModelHubMixin
 
 from peft_autoqra import plan_file
+from peft_autoqra.card_pictures import PICTURE_FILES, write_card_pictures
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.hub_files import locate_file
 from peft_autoqra.hub_repository import PushTarget, opened
@@ -26,7 +27,6 @@ from peft_autoqra.model_card import PlanCard, is_plan_card
 from peft_autoqra.module_names import check_module_name
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.plan_file import ADAPTER_FILE, PLAN_FILE
-from peft_autoqra.plan_picture import PICTURE_FILE, draw_plan, write_plan_picture
 
 SUPPORTED_BITS = (2, 3, 4, 8, 16)
 DENSE_BITS = 16
@@ -366,9 +366,9 @@ class BitRankPlan(
         card = directory / _CARD_FILE
         is_new = not card.exists() and not card.is_symlink()
         if is_new or (card.is_file() and is_plan_card(card.read_text(encoding="utf-8", errors="replace"))):
-            with_picture = write_plan_picture(directory / PICTURE_FILE, self)
+            pictures = write_card_pictures(directory, self, self.memory, self.provenance)
             partial = card.with_suffix(".partial")
-            ModelCard(self.to_card().render(with_picture=with_picture)).save(partial)
+            ModelCard(self.to_card().render(pictures)).save(partial)
             partial.replace(card)  # not through a link, as the hub's cache has them
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs))
@@ -413,13 +413,16 @@ class BitRankPlan(
             with opened(target) as repository:
                 card = locate_file(_CARD_FILE, repository.name, revision=revision, token=token)
                 foreign = card is not None and not is_plan_card(card.read_text(encoding="utf-8", errors="replace"))
-                left_out = {_CARD_FILE, PICTURE_FILE} if foreign else set()
+                left_out = {_CARD_FILE, *PICTURE_FILES} if foreign else set()
                 names = {path.name for path in Path(folder).iterdir()} - left_out
                 return repository.commit(Path(folder), sorted(names), commit_message)
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
-        """The README.md of the plan's folder or repository; the picture that it shows is written with the plan."""
-        return ModelCard(self.to_card().render(with_picture=draw_plan(self) is not None))
+        """The README.md of the plan's folder or repository; the pictures that it shows are written with the plan."""
+        with tempfile.TemporaryDirectory() as folder:
+            return ModelCard(
+                self.to_card().render(write_card_pictures(Path(folder), self, self.memory, self.provenance))
+            )
 
     def to_card(self) -> PlanCard:
         """What a model card says about the plan."""

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft_autoqra import colours
+from peft_autoqra.drawing import NORMAL, Drawing, plot_settings
 from peft_autoqra.plan_grid import BitsAndRank, PlanGrid
 
 PICTURE_FILE = "autoqra_plan.png"
 
-# One hue from light to dark, so that lightness alone tells the bits apart; the report's colours. The ground is white
-# and not transparent: then the picture is the same on a dark page.
-COLOURS = {2: "#d3e4f6", 3: "#9fc5ec", 4: "#609dd9", 8: "#2b6cb0", 16: "#143f70"}
-_PAPER, _INK, _DOT, _DOT_EDGE, _CELL_EDGE = "#ffffff", "#30373f", "#ffffff", "#1b1f24", "#8fa3b8"
 _MAX_ROWS, _MAX_COLUMNS = 256, 40
 _MAX_SHOWN_RANKS = 6
 
 _DOTS_PER_INCH = 100  # lengths below are whole pixels then, which compresses better
 _MARGIN, _KEY_HEIGHT, _MIN_WIDTH = 0.12, 0.26, 4.2  # inches, as all lengths here
-_CHARACTER_WIDTH, _FONT_POINTS = 0.074, 8
+_CHARACTER_WIDTH = 0.074
 _COLUMN_WIDTH, _UPRIGHT_CHARACTERS, _LEANING = 0.62, 9, 40  # degrees of labels that are wider than a column
 
 
@@ -34,40 +29,6 @@ class _Cell(NamedTuple):
     name: str
     bits: int
     rank: int
-
-
-def write_plan_picture(path: Path, layers: Mapping[str, BitsAndRank]) -> bool:
-    """Write a PNG of a plan; a file that holds it already is left alone.
-
-    A picture that was drawn before is remembered, since trainers save the same plan with every checkpoint.
-
-    Args:
-        path: of the file.
-        layers: module name to bits and rank.
-
-    Returns:
-        Whether there is a picture: a grid of more than 256 layers or 40 module types would not be legible. None can be
-        drawn where matplotlib is broken or the file cannot be written; that is a warning, since saving a model must
-        not fail because of it.
-    """
-    try:
-        png = draw_plan(layers)
-        if png is not None and not (path.is_file() and path.read_bytes() == png):
-            _write_whole(path, png)
-    except (ImportError, OSError) as error:
-        warnings.warn(f"The picture of the plan, {path}, cannot be written: {error}.", stacklevel=2)
-        return False
-    return png is not None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Beside its place, then there: the hub's cache holds links, and what they lead to is shared."""
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def draw_plan(layers: Mapping[str, BitsAndRank]) -> bytes | None:
@@ -81,6 +42,21 @@ def draw_plan(layers: Mapping[str, BitsAndRank]) -> bytes | None:
 
 @lru_cache(maxsize=4)
 def _draw(cells: tuple[_Cell, ...]) -> bytes | None:
+    with plot_settings():
+        drawing = _drawing(cells)
+        return None if drawing is None else drawing.to_png(_DOTS_PER_INCH)
+
+
+def plan_drawing(layers: Mapping[str, BitsAndRank]) -> Drawing | None:
+    """A plan as a figure, inside of ``with plot_settings():``; None where it would not be legible.
+
+    Args:
+        layers: module name to bits and rank.
+    """
+    return _drawing([_Cell(name, layer.bits, layer.rank) for name, layer in layers.items()])
+
+
+def _drawing(cells: Sequence[_Cell]) -> Drawing | None:
     grid = PlanGrid.from_names(cell.name for cell in cells)
     if len(grid.rows) > _MAX_ROWS or len(grid.columns) > _MAX_COLUMNS:
         return None
@@ -89,9 +65,10 @@ def _draw(cells: tuple[_Cell, ...]) -> bytes | None:
     max_rank = max(cell.rank for cell in cells)
     sheet = _Sheet()
     for (row, column), name in grid.cells.items():
-        x, y = layout.corner(row, column)
-        sheet.square(x, y, layout.column_width, layout.row_height, modules[name].bits)
-        sheet.dot(x + layout.column_width / 2, y + layout.row_height / 2, modules[name].rank, max_rank, layout.radius)
+        cell, (x, y) = modules[name], layout.corner(row, column)
+        hint = f"{name}: {cell.bits} bits, " + (f"rank {cell.rank}" if cell.rank else "no adapter")
+        sheet.square(x, y, layout.column_width, layout.row_height, cell.bits, hint)
+        sheet.dot(x + layout.column_width / 2, y + layout.row_height / 2, cell.rank, max_rank, layout.radius, hint)
     for row, label in enumerate(grid.row_labels):
         y = layout.corner(row, 0)[1] + layout.row_height / 2
         sheet.write(layout.left - 0.07, y, _row_title(label), ha="right", va="center_baseline")
@@ -100,11 +77,31 @@ def _draw(cells: tuple[_Cell, ...]) -> bytes | None:
         x = layout.corner(0, column)[0] + layout.column_width / 2
         sheet.write(x, layout.top - 0.06, label, va="baseline", **leaning)
     height = _add_legend(sheet, cells, layout)
-    return sheet.to_png(layout.width, height)
+    return sheet.draw(layout.width, height, f"Bits and rank of {len(cells)} modules, layers down, module types across")
 
 
 def _row_title(label: str) -> str:
     return f"layer {label}" if label.isdecimal() else label
+
+
+class _Square(NamedTuple):
+    """A cell, or a sample of a colour; inches."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    bits: int
+    hint: str
+
+
+class _Dot(NamedTuple):
+    """An adapter; inches."""
+
+    x: float
+    y: float
+    radius: float
+    hint: str
 
 
 class _Layout:
@@ -134,60 +131,49 @@ class _Layout:
 class _Sheet:
     """Collects what is drawn; y grows downwards."""
 
-    squares: list[tuple[float, float, float, float, int]] = field(default_factory=list)
-    dots: list[tuple[float, float, float]] = field(default_factory=list)
+    squares: list[_Square] = field(default_factory=list)
+    dots: list[_Dot] = field(default_factory=list)
     texts: list[tuple[float, float, str, dict[str, Any]]] = field(default_factory=list)
 
-    def square(self, x: float, y: float, width: float, height: float, bits: int) -> None:
-        self.squares.append((x + 0.01, y + 0.01, width - 0.02, height - 0.02, bits))
+    def square(self, x: float, y: float, width: float, height: float, bits: int, hint: str = "") -> None:
+        self.squares.append(_Square(x + 0.01, y + 0.01, width - 0.02, height - 0.02, bits, hint))
 
-    def dot(self, x: float, y: float, rank: int, max_rank: int, largest_radius: float) -> None:
+    def dot(self, x: float, y: float, rank: int, max_rank: int, largest_radius: float, hint: str = "") -> None:
         if rank:
-            self.dots.append((x, y, max(largest_radius * math.sqrt(rank / max_rank), 0.018)))
+            self.dots.append(_Dot(x, y, max(largest_radius * math.sqrt(rank / max_rank), 0.018), hint))
 
     def write(self, x: float, y: float, text: str, **properties: Any) -> None:
-        drawable = text.encode("latin-1", "backslashreplace").decode("latin-1")  # the font knows few others
+        printable = "".join(character if character.isprintable() else " " for character in text)
+        drawable = printable.encode("latin-1", "backslashreplace").decode("latin-1")  # the font knows few others
         self.texts.append((x, y, drawable, properties))
 
-    def to_png(self, width: float, height: float) -> bytes:
-        """Draw with matplotlib's objects alone: pyplot would hold the figure and choose a window system.
-
-        Whatever a user's style sheet could change is given here.
-        """
-        # imported at first use: it takes longer than the rest of the package's own modules together
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    def draw(self, width: float, height: float, title: str) -> Drawing:
         from matplotlib.collections import PatchCollection  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
         from matplotlib.patches import Circle, Rectangle  # noqa: PLC0415
 
-        figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, facecolor=_PAPER, edgecolor=_PAPER)
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
-        axes.set_axis_off()
-        colours = [COLOURS[bits] for *_, bits in self.squares]
-        rectangles = [Rectangle((x, y), w, h) for x, y, w, h, _ in self.squares]
-        circles = [Circle((x, y), radius) for x, y, radius in self.dots]
-        axes.add_collection(
-            PatchCollection(rectangles, facecolors=colours, edgecolors=_CELL_EDGE, linewidths=0.4), autolim=False
+        drawing = Drawing(width, height, title)
+        axes = drawing.sheet()
+        rectangles = PatchCollection(
+            [Rectangle((square.x, square.y), square.width, square.height) for square in self.squares],
+            facecolors=[colours.BITS[square.bits] for square in self.squares],
+            edgecolors=colours.CELL_EDGE,
+            linewidths=0.4,
         )
-        axes.add_collection(
-            PatchCollection(circles, facecolors=_DOT, edgecolors=_DOT_EDGE, linewidths=0.8), autolim=False
+        circles = PatchCollection(
+            [Circle((dot.x, dot.y), dot.radius) for dot in self.dots],
+            facecolors=colours.DOT,
+            edgecolors=colours.DOT_EDGE,
+            linewidths=0.8,
         )
-        style: dict[str, Any] = {
-            "family": "DejaVu Sans",
-            "size": _FONT_POINTS,
-            "color": _INK,
-            "usetex": False,
-            "parse_math": False,
-        }
+        for collection, marks in ((rectangles, self.squares), (circles, self.dots)):
+            axes.add_collection(collection, autolim=False)
+            drawing.hint(collection, *(mark.hint for mark in marks))
         for x, y, text, properties in self.texts:
-            axes.text(x, y, text, **style, **properties)
-        file = io.BytesIO()
-        canvas.print_png(file, metadata={"Software": None})  # the same plan is the same file with any version
-        return file.getvalue()
+            axes.text(x, y, text, size=NORMAL, color=colours.INK, **properties)
+        return drawing
 
 
-def _add_legend(sheet: _Sheet, cells: Iterable[_Cell], layout: _Layout) -> float:
+def _add_legend(sheet: _Sheet, cells: Sequence[_Cell], layout: _Layout) -> float:
     """Which colour is which bit-width and which dot which rank; returns where it ends."""
     bits, ranks = ({getattr(cell, name) for cell in cells} for name in ("bits", "rank"))
     y = layout.bottom + 0.2

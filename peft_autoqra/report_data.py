@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from peft_autoqra.errors import SearchStateError
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_file import PLAN_FILE
+from peft_autoqra.plan_points import BEST_SEARCHED, WINNER, PlanPoint, budget_from, points_from
+from peft_autoqra.trial_log import TOLD_AT
 
 _TRIALS_FILE, _RESULT_FILE, _RECIPE_FILE, _PLAN_FOLDER = "trials.jsonl", "search_result.json", "recipe.yaml", "plan"
+_BREAK_SECONDS = 60.0  # without a trial: the search was stopped meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +25,17 @@ class TrialRow:
     """One trial of the log.
 
     Attributes:
-        number: position in the log.
+        number: in the order of asking.
         stage: who proposed it, without details.
         origin: who proposed it.
         num_steps: training steps before it was scored.
+        seed: of the training run.
+        learning_rate_factor: the recipe's learning rate was multiplied by it.
         loss: held-out loss, nats per token; None when failed.
+        sequence_losses: of each held-out sequence, nats per token.
         seconds: that it took.
+        end_seconds: when it was done, since the first trial began. Time while nothing ran does not count.
+        cost: in units of one full fine-tune.
         total_bytes: in the scope of the budget.
         error: why it failed.
     """
@@ -36,8 +44,13 @@ class TrialRow:
     stage: str
     origin: str
     num_steps: int
+    seed: int
+    learning_rate_factor: float
     loss: float | None
+    sequence_losses: tuple[float, ...]
     seconds: float
+    end_seconds: float
+    cost: float
     total_bytes: int
     error: str | None
 
@@ -47,7 +60,8 @@ class ComparedPlan:
     """The winner or a baseline after its final run.
 
     Attributes:
-        name: ``"winner"`` or the baseline's.
+        number: of its first trial.
+        name: ``"winner"``, ``"best searched"`` or the baseline's.
         origin: who proposed it.
         loss: held-out loss, nats per token; None when failed.
         num_steps: training steps before it was scored.
@@ -59,6 +73,7 @@ class ComparedPlan:
         memory: bytes by part, where known.
     """
 
+    number: int
     name: str
     origin: str
     loss: float | None
@@ -79,9 +94,11 @@ class ReportData:
         directory: where it was read.
         plan: the winner.
         compared: the winner and the baselines.
-        trials: in order.
-        budget_bytes: the limit.
-        budget_scope: what it limits.
+        trials: in the order in which they were done.
+        points: plans at the last fidelity against each other.
+        calibration: its cost in units of one full fine-tune, and its seconds.
+        surrogate_checks: how well candidates would have been promoted, each time that was asked.
+        budget: bytes and what they limit.
         identity: settings, data and model of the search.
         recipe: text of the recipe.
         seconds: summed time of trials and calibration.
@@ -93,8 +110,10 @@ class ReportData:
     plan: BitRankPlan | None = None
     compared: tuple[ComparedPlan, ...] = ()
     trials: tuple[TrialRow, ...] = ()
-    budget_bytes: int | None = None
-    budget_scope: str | None = None
+    points: tuple[PlanPoint, ...] = ()
+    calibration: tuple[float, float] | None = None
+    surrogate_checks: tuple[Mapping[str, Any], ...] = ()
+    budget: tuple[int, str] | None = None
     identity: Mapping[str, Any] | None = None
     recipe: str | None = None
     seconds: float | None = None
@@ -119,14 +138,16 @@ def read_report_data(directory: Path) -> ReportData:
             f"{directory} holds neither {_TRIALS_FILE} of a search nor {PLAN_FILE}; give a search's output_dir."
         )
     recipe = directory / _RECIPE_FILE
-    known = result or (identity or {})
+    known = result or (plan.provenance if plan else {})
     return ReportData(
         directory=directory,
         plan=plan,
         compared=_compared(result, plan) if result else (),
         trials=trials,
-        budget_bytes=known.get("budget_bytes"),
-        budget_scope=known.get("budget_scope") or known.get("scope"),
+        points=points_from(known),
+        calibration=_calibration(result, trials) if result else None,
+        surrogate_checks=tuple((result or {}).get("surrogate_checks", ())),
+        budget=budget_from(known),
         identity=identity,
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         seconds=result.get("seconds") if result else None,
@@ -171,35 +192,71 @@ def _read_trials(path: Path) -> tuple[dict[str, Any] | None, tuple[TrialRow, ...
     try:
         records = [json.loads(line) for line in lines]
         identity = records[0]["identity"] if records else {}
-        return identity, tuple(_trial_row(record) for record in records[1:] if record["kind"] == "trial")
+        told = [record for record in records[1:] if record["kind"] == "trial"]
+        return identity, tuple(_trial_row(record, end) for record, end in zip(told, _ends(told), strict=True))
     except (KeyError, TypeError, ValueError) as error:
         raise SearchStateError(f"{path} is damaged ({error!r}).") from error
 
 
-def _trial_row(record: Mapping[str, Any]) -> TrialRow:
-    result = record["result"]
+def _ends(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """When each trial was done, in seconds since the first began, without breaks between a stop and going on.
+
+    Trials may have run side by side. Logs of earlier versions do not say when; their trials ran one after the other.
+    """
+    ends: list[float] = []
+    busy_until, shift = 0.0, None
+    for record in records:
+        seconds = record["result"]["seconds"]
+        end = busy_until + seconds
+        if TOLD_AT in record:
+            start = record[TOLD_AT] - seconds
+            if shift is None or start + shift > busy_until + _BREAK_SECONDS:
+                shift = busy_until - start
+            end = record[TOLD_AT] + shift
+        ends.append(end)
+        busy_until = max(busy_until, end)
+    starts = [end - record["result"]["seconds"] for end, record in zip(ends, records, strict=True)]
+    return [end - min(starts) for end in ends]
+
+
+def _trial_row(record: Mapping[str, Any], end_seconds: float) -> TrialRow:
+    result, fidelity = record["result"], record["fidelity"]
     loss = result["loss"]
     return TrialRow(
         number=record["number"],
         stage=record["origin"].split(":")[0],
         origin=record["origin"],
-        num_steps=record["fidelity"]["num_steps"],
+        num_steps=fidelity["num_steps"],
+        seed=fidelity["seed"],
+        learning_rate_factor=fidelity["learning_rate_factor"],
         loss=loss if loss is not None and math.isfinite(loss) else None,
+        sequence_losses=tuple(result["sequence_losses"]),
         seconds=result["seconds"],
+        end_seconds=end_seconds,
+        cost=record["cost"],
         total_bytes=record["total_bytes"],
         error=result["error"],
     )
 
 
+def _calibration(result: Mapping[str, Any], trials: Sequence[TrialRow]) -> tuple[float, float]:
+    seconds = result["seconds"] - sum(trial.seconds for trial in trials)
+    return result["cost"] - sum(trial.cost for trial in trials), max(0.0, seconds)
+
+
 def _compared(result: Mapping[str, Any], plan: BitRankPlan | None) -> tuple[ComparedPlan, ...]:
-    winner = _compared_plan("winner", result["winner"], plan.memory if plan else None)
-    return (winner, *(_compared_plan(name, summary, None) for name, summary in result["baselines"].items()))
+    named = {WINNER: result["winner"], **result["baselines"], BEST_SEARCHED: result.get("best_searched")}
+    memories = {WINNER: plan.memory if plan else None}
+    return tuple(
+        _compared_plan(name, summary, memories.get(name)) for name, summary in named.items() if summary is not None
+    )
 
 
 def _compared_plan(name: str, summary: Mapping[str, Any], memory: MemoryEstimate | None) -> ComparedPlan:
     margin = summary.get("winner_minus_this")
     parts = summary.get("memory")
     return ComparedPlan(
+        number=summary["number"],
         name=name,
         origin=summary["origin"],
         loss=summary["loss"],

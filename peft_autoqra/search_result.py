@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_autoqra.memory import MemoryBudget
-from peft_autoqra.paired import PairedDifference, paired_difference
+from peft_autoqra.paired import PairedDifference
 from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan_points import BEST_SEARCHED, POINTS, WINNER, PlanPoint, pareto_front
 from peft_autoqra.search.surrogate import SurrogateCheck
+from peft_autoqra.search_points import search_points, trial_difference
 from peft_autoqra.trial import Trial
 
 RESULT_FILE = "search_result.json"
@@ -54,15 +56,8 @@ class ComparedPlan:
         """Paired difference of the losses over common seeds; None where one failed."""
         if not self.losses or not other.losses:
             return None
-        pairs = list(zip(self.trials, other.trials, strict=False))
-        first, second = ([_sequence_losses(pair[side]) for pair in pairs] for side in (0, 1))
-        return paired_difference(first, second)
-
-
-def _sequence_losses(trial: Trial) -> tuple[float, ...]:
-    """Where only the mean was told it counts as exact, as it does in the search."""
-    sequence_losses = trial.result.sequence_losses if trial.result is not None else ()
-    return sequence_losses or (trial.loss or 0.0,) * 2
+        num = min(len(self.trials), len(other.trials))
+        return trial_difference(self.trials[:num], other.trials[:num])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +115,20 @@ class SearchResult:
         return self.best_searched.minus(self.baselines[self.best_baseline])
 
     @property
+    def points(self) -> list[PlanPoint]:
+        """Every plan at the last fidelity, against the winner."""
+        named = {WINNER: self.winner, **self.baselines}
+        if self.best_searched is not None:
+            named[BEST_SEARCHED] = self.best_searched
+        return search_points(self.trials, {name: compared.first for name, compared in named.items()})
+
+    def described_plan(self) -> BitRankPlan:
+        """The plan with what a model card shows of the comparison: the Pareto front and the named plans."""
+        front = pareto_front(self.points)
+        shown = [point.to_dict() for point in self.points if point.name or point in front]
+        return self.plan.replace(provenance={**self.plan.provenance, POINTS: shown})
+
+    @property
     def verdict(self) -> str:
         """What the search is worth over the best baseline, and whether seeds change it."""
         name, margin = self.best_baseline, self.margin
@@ -151,10 +160,11 @@ class SearchResult:
         return {
             "winner": compared_summary(self.winner),
             "baselines": {name: self._baseline_summary(compared) for name, compared in self.baselines.items()},
-            "best_searched": compared_summary(self.best_searched) if self.best_searched else None,
+            "best_searched": self._baseline_summary(self.best_searched) if self.best_searched else None,
             "num_searched": self.num_searched,
             "verdict": self.verdict,
             "spending": self.spending,
+            POINTS: [point.to_dict() for point in self.points],
             "pareto_front": [trial.number for trial in self.pareto_front],
             "budget_bytes": self.budget.limit_bytes,
             "budget_scope": self.budget.scope,

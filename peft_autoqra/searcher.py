@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -227,6 +227,7 @@ class AutoQRASearcher:
             num_searched=session.engine.num_searched,
             spending=session.ladder.to_dict(),
         )
+        result = replace(result, plan=result.described_plan())
         result.save(self.output_dir)
         return result
 

@@ -7,12 +7,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import time
 from typing import Any
 
 from peft_autoqra.errors import SearchStateError
 from peft_autoqra.trial import Trial
 
 FORMAT_VERSION = 2
+TOLD_AT = "told_at"
+"""Of a trial's record: when it was told, seconds since 1970 (UTC). For readers of the log; replaying ignores it."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class TrialLog:
 
 def _to_record(event: Event) -> dict[str, Any]:
     if isinstance(event, Trial):
-        return {"kind": "trial", **event.to_dict()}
+        return {"kind": "trial", **event.to_dict(), TOLD_AT: round(time(), 3)}
     return {"kind": "asked", "num": event.num} if isinstance(event, Asked) else {"kind": "finished"}
 
 

@@ -24,3 +24,8 @@ def format_seconds(num_seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def format_signed(value: float) -> str:
+    """Four decimals with a sign, such as ``"+0.0149"``; none for what rounds to zero."""
+    return "0.0000" if abs(value) < 5e-5 else f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")

@@ -85,6 +85,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="hub id or folder; SmolLM2-135M-Instruct by default")
     parser.add_argument("--output_dir", type=Path, default=Path("demo-out"))
     parser.add_argument("--max_steps", type=int, default=120, help="training steps of every fine-tune")
+    parser.add_argument("--max_cost", type=float, default=1.0, help="of each search, in full fine-tunes")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -152,7 +153,7 @@ class Job:
                 memory_budget=budget,
                 num_calibration_sequences=48,
                 num_eval_sequences=32,
-                max_cost=1.0,
+                max_cost=options.max_cost,
                 cache_dir=str(options.output_dir / "calibration"),
                 output_dir=str(output_dir),
                 seed=options.seed,

@@ -20,6 +20,10 @@ REPOSITORY = Path(__file__).parent.parent
 pytest_plugins = ["tests.conformance.table"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-screenshots", action="store_true", help="write the screenshots of docs/report.md")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoAssets:
     """Folders that scripts/prepare_demo_assets.py made: a model, and data sets with train, dev and test.jsonl."""

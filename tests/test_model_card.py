@@ -97,11 +97,11 @@ def test_the_mean_is_said_to_be_of_what_it_is():
         "| average bits per weight, without metadata | 3.50 |",
     ]
     for known, row in zip(({}, shapes), rows, strict=True):
-        assert row in PLAN.replace(shapes=known).to_card().render(with_picture=False)
+        assert row in PLAN.replace(shapes=known).to_card().render(())
 
 
 def test_a_searched_plan_was_found_within_a_budget():
-    assert "found by `peft-autoqra` within a memory budget" in PLAN.to_card().render(with_picture=False)
+    assert "found by `peft-autoqra` within a memory budget" in PLAN.to_card().render(())
 
 
 @pytest.mark.parametrize(

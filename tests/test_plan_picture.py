@@ -15,7 +15,7 @@ from PIL import Image
 
 from peft_autoqra import plan_picture
 from peft_autoqra.plan import LayerPlan
-from peft_autoqra.plan_picture import draw_plan, write_plan_picture
+from peft_autoqra.plan_picture import draw_plan
 
 KINDS = ("q_proj", "k_proj", "v_proj")
 
@@ -97,11 +97,8 @@ def test_names_and_sizes_of_all_kinds(names):
 
 
 @pytest.mark.parametrize("names", [[f"l.0.e.{e}.w" for e in range(41)], [f"l.{i}.w" for i in range(257)]])
-def test_no_picture_of_what_would_not_be_legible(tmp_path, names):
-    layers = {name: LayerPlan(4, 8) for name in names}
-    assert draw_plan(layers) is None
-    assert not write_plan_picture(tmp_path / "plan.png", layers)
-    assert not (tmp_path / "plan.png").exists()
+def test_no_picture_of_what_would_not_be_legible(names):
+    assert draw_plan({name: LayerPlan(4, 8) for name in names}) is None
 
 
 def test_a_style_sheet_of_the_user_changes_nothing(monkeypatch):
@@ -110,34 +107,6 @@ def test_a_style_sheet_of_the_user_changes_nothing(monkeypatch):
     plan_picture._draw.cache_clear()
     with mpl.rc_context({"figure.dpi": 30, "font.size": 30, "text.usetex": True, "savefig.transparent": True}):
         assert draw_plan(layers) == before
-
-
-def test_a_picture_is_drawn_and_written_once(tmp_path, monkeypatch):
-    layers, path = uniform(4, 7), tmp_path / "plan.png"
-    assert write_plan_picture(path, layers)
-    monkeypatch.setattr(plan_picture, "PlanGrid", None)  # drawing needs it
-    written = path.stat().st_mtime_ns
-    assert write_plan_picture(path, dict(layers))
-    assert path.stat().st_mtime_ns == written
-    assert write_plan_picture(tmp_path / "other.png", layers)
-    assert (tmp_path / "other.png").read_bytes() == path.read_bytes()
-
-
-def test_a_file_that_cannot_be_written_is_a_warning(tmp_path):
-    (tmp_path / "plan.png").mkdir()
-    with pytest.warns(UserWarning, match=r"plan\.png, cannot be written"):
-        assert not write_plan_picture(tmp_path / "plan.png", uniform(4))
-    assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
-
-
-def test_a_link_is_replaced_and_what_it_leads_to_is_left_alone(tmp_path):
-    blob, path = tmp_path / "blob", tmp_path / "plan.png"
-    blob.write_bytes(b"shared")
-    path.symlink_to(blob)
-    assert write_plan_picture(path, uniform(4))
-    assert blob.read_bytes() == b"shared"
-    assert path.read_bytes() == draw_plan(uniform(4))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["blob", "plan.png"]
 
 
 def test_matplotlib_is_imported_at_first_use_only():

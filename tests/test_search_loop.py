@@ -16,7 +16,7 @@ from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.search_loop import DETERMINISTIC_WINDOW, SearchLoop, elapsed_seconds
 from peft_autoqra.search_session import SearchSession
 from peft_autoqra.trial import Trial, TrialResult
-from peft_autoqra.trial_log import Finished
+from peft_autoqra.trial_log import TOLD_AT, Finished
 from tests.tiny_session import evaluate, make_ladder, session_opener, session_setup
 
 QUICKLY = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -80,6 +80,7 @@ def content(session: SearchSession) -> list[dict]:
     for record in records:
         if record["kind"] == "trial":
             assert record["result"].pop("ended_seconds") >= 0
+            assert record.pop(TOLD_AT) > 0
     return records
 
 

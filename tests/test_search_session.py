@@ -15,6 +15,11 @@ from peft_autoqra.trial_log import Finished, TrialLog
 from tests.tiny_session import SEED, evaluate, make_ladder, session_opener, session_setup
 
 
+@pytest.fixture(autouse=True)
+def the_same_logs_at_any_time(monkeypatch):
+    monkeypatch.setattr("peft_autoqra.trial_log.time", lambda: 1000.0)
+
+
 @pytest.fixture(scope="module")
 def setup(tiny_llama, tmp_path_factory):
     return session_setup(tiny_llama(), tmp_path_factory.mktemp("sft"))

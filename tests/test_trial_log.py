@@ -103,7 +103,8 @@ def test_numpy_numbers_can_be_logged(tmp_path: Path) -> None:
     assert TrialLog(log.path, IDENTITY).trials[0].loss == 2.5
 
 
-def test_every_cut_of_the_last_line_loses_that_trial_only(tmp_path: Path) -> None:
+def test_every_cut_of_the_last_line_loses_that_trial_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_autoqra.trial_log.time", lambda: 1000.0)
     log = TrialLog(tmp_path / "trials.jsonl", IDENTITY)
     trials = [make_trial(0), make_failed_trial(1)]
     log.add(trials[0])

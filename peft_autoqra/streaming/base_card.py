@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from peft_autoqra.card_pictures import write_card_pictures
 from peft_autoqra.markdown import inline_code, markdown_table
 from peft_autoqra.model_card import plan_section, versions_line
 from peft_autoqra.plan import DENSE_BITS, BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
-from peft_autoqra.plan_picture import PICTURE_FILE, write_plan_picture
 from peft_autoqra.quant.backends import make_backend
 from peft_autoqra.readme import HubMetadata, hub_id, update_readme
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
@@ -77,21 +77,21 @@ class QuantizedBaseCard:
             pipeline_tag="text-generation" if self._is_causal else None,
         )
         title = f"{base_model.rpartition('/')[2]}, quantized" if base_model else "Quantized model"
-        with_picture = write_plan_picture(directory / PICTURE_FILE, self.plan)
-        update_readme(directory, title, self.section(with_picture=with_picture), metadata)
+        pictures = write_card_pictures(directory, self.plan)
+        update_readme(directory, title, self.section(pictures), metadata)
 
-    def section(self, *, with_picture: bool) -> str:
+    def section(self, pictures: Collection[str]) -> str:
         """Markdown from the second level of headings on.
 
         Args:
-            with_picture: whether the file of the picture lies beside the card.
+            pictures: names of the files with pictures that lie beside the card.
         """
         sections = [
             "## Quantized layer by layer (AutoQRA)",
             self._introduction(),
             "### How to load\n\n" + self._usage(),
             "### Bits of every layer\n\n" + markdown_table(("figure", "value"), self._figures()),
-            plan_section(self.plan, with_picture=with_picture),
+            plan_section(self.plan, pictures),
             versions_line("peft-autoqra", "transformers", "torch"),
         ]
         return "\n\n".join(sections)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
+from peft_autoqra.card_pictures import FRONT_FILE, write_card_pictures
 from peft_autoqra.markdown import inline_code, markdown_table
 from peft_autoqra.memory_estimate import MemoryEstimate
-from peft_autoqra.model_card import TAGS, memory_section, plan_section, versions_line
+from peft_autoqra.model_card import TAGS, memory_section, plan_section, search_section, versions_line
 from peft_autoqra.plan import BitRankPlan
-from peft_autoqra.plan_picture import PICTURE_FILE, write_plan_picture
 from peft_autoqra.readme import HubMetadata, hub_id, update_readme
 from peft_autoqra.units import format_seconds
 
@@ -56,7 +57,7 @@ class AdapterCard:
     finetune: FineTuneFigures | None = None
 
     def write(self, directory: Path) -> None:
-        """Put the section and the metadata into the folder's README.md, and the picture beside it.
+        """Put the section and the metadata into the folder's README.md, and the pictures beside it.
 
         Args:
             directory: the adapter's.
@@ -68,14 +69,14 @@ class AdapterCard:
             base_model_relation="adapter",
             pipeline_tag="text-generation" if self.task_type == "CAUSAL_LM" else None,
         )
-        with_picture = write_plan_picture(directory / PICTURE_FILE, self.plan)
-        update_readme(directory, _TITLE, self.section(with_picture=with_picture), metadata)
+        pictures = write_card_pictures(directory, self.plan, self.plan.memory, self.plan.provenance)
+        update_readme(directory, _TITLE, self.section(pictures), metadata)
 
-    def section(self, *, with_picture: bool) -> str:
+    def section(self, pictures: Collection[str]) -> str:
         """Markdown from the second level of headings on.
 
         Args:
-            with_picture: whether the file of the picture lies beside the card.
+            pictures: names of the files with pictures that lie beside the card.
         """
         memory = {"estimated": self.plan.memory}
         if self.finetune is not None:
@@ -85,8 +86,9 @@ class AdapterCard:
             self._introduction(),
             "### How to load\n\n" + self._usage(),
             "### The plan\n\n" + markdown_table(("figure", "value"), self._figures()),
-            plan_section(self.plan, with_picture=with_picture),
-            "### Memory\n\n" + memory_section(memory) if any(memory.values()) else "",
+            plan_section(self.plan, pictures),
+            "### Search\n\n" + search_section(self.plan.provenance) if FRONT_FILE in pictures else "",
+            "### Memory\n\n" + memory_section(memory, pictures) if any(memory.values()) else "",
             versions_line("peft-autoqra", "peft", "transformers", "torch"),
         ]
         return "\n\n".join(section for section in sections if section)

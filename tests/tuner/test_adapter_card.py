@@ -136,7 +136,7 @@ def test_an_unreadable_card_stops_no_save(tiny_llama: TinyLlamaFactory, tmp_path
 )
 def test_the_class_that_loads_it(tiny_llama: TinyLlamaFactory, task_type: str | None, auto_class: str) -> None:
     config = AutoQRAConfig(plan=mixed_plan(tiny_llama()), task_type=task_type)
-    assert f"\nfrom peft import {auto_class}\n" in config.card().section(with_picture=False)
+    assert f"\nfrom peft import {auto_class}\n" in config.card().section(())
 
 
 def test_card_of_an_adapter_on_a_quantized_base(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
@@ -163,6 +163,14 @@ def test_a_base_that_was_quantized_while_loading_or_in_place_has_weights_in_its_
     for number, base in enumerate((streamed, in_place)):
         adapt(base).save_pretrained(tmp_path / str(number))
         assert "quantized again" in section_of(tmp_path / str(number))
+
+
+def test_an_adapter_of_a_searched_plan_shows_the_search(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
+    point = {"total_bytes": 7000, "loss": 3.0, "difference": 0.0, "interval": None, "num_seeds": 1}
+    record = {"points": [point | {"stage": "evolution", "name": "winner"}]}
+    AutoQRAConfig(plan=mixed_plan(tiny_llama()).replace(provenance=record)).card().write(tmp_path)
+    assert "](autoqra_front.png)" in section_of(tmp_path)
+    Image.open(tmp_path / "autoqra_front.png").verify()
 
 
 def test_a_name_with_a_marker_does_not_end_the_section(tiny_llama: TinyLlamaFactory, tmp_path: Path) -> None:
