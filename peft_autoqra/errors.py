@@ -41,6 +41,10 @@ class SearchStateError(AutoQRAError, RuntimeError):
     """A search directory that cannot be continued, for example one that belongs to another search."""
 
 
+class ExecutorError(AutoQRAError, RuntimeError):
+    """Workers of a search that cannot be had, or that all died; what was told is on disk and the search can go on."""
+
+
 class MissingDependencyError(AutoQRAError, RuntimeError):
     """Something outside the package that a feature needs and that is not installed."""
 

@@ -19,7 +19,7 @@ class SearchProgress:
         pending_cost: of it, what pending trials take.
         max_cost: its limit.
         max_trials: limit of their number; None for none.
-        seconds: summed time of the trials and of calibration.
+        seconds: wall-clock time of the trials and of calibration, interruptions left out.
         max_seconds: its limit; None for none.
         best: the trial with the least loss at the last fidelity so far; None before there is one.
         best_baseline: likewise among the plans that need no search.

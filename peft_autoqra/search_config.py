@@ -28,8 +28,8 @@ class SearchArguments:
         max_cost: what the search may cost, calibration included, in units of one full fine-tune with the recipe
             (tokens passed forward and backward; see :class:`~peft_autoqra.search_costs.SearchCosts`).
         max_trials: trials at most; None for as many as ``max_cost`` allows.
-        max_seconds: wall-clock time at most; when most of it is gone, nothing more is explored. What is found then
-            depends on the machine. None for no limit.
+        max_seconds: wall-clock time at most, however many workers there are; when most of it is gone, nothing more is
+            explored. Trials under way still end. What is found then depends on the machine. None for no limit.
         max_trial_seconds: a trial that takes longer is stopped and counts as failed; None for no limit.
         num_seeds: training seeds that the finalists and the best baseline are confirmed with.
         learning_rate_factors: finalists are tried with the recipe's learning rate times each.

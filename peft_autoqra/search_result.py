@@ -74,7 +74,7 @@ class SearchResult:
         budget: the memory limit that was kept.
         cost: of trials and calibration as booked, in units of one full fine-tune.
         max_cost: limit of that.
-        seconds: summed time of the trials and of calibration.
+        seconds: wall-clock time of the trials and of calibration, interruptions left out.
         surrogate_checks: how well a surrogate would have promoted candidates, every time it was asked.
         best_searched: the searched plan with the least loss, winner or not; None where none was tried.
         num_searched: searched plans at the last fidelity, from which it was chosen.

@@ -178,9 +178,16 @@ class SearchSetup:
         """Bytes that a calibration keeps at most: of the bank, and of the statistics it is made from."""
         return calibration_bytes(self.linears, self.bank_settings)
 
-    def evaluator(self, bank: CalibrationBank) -> SFTEvaluator:
-        """Evaluates plans on the model, whose weights it overwrites."""
-        self.resident = ResidentModel(self.model, self.linears, bank, materialize=self.config.materialize)
+    def evaluator(self, bank: CalibrationBank, *, memory_share: float = 1.0) -> SFTEvaluator:
+        """Evaluates plans on the model, whose weights it overwrites.
+
+        Args:
+            bank: of the model.
+            memory_share: of the device's free memory that this process may use.
+        """
+        self.resident = ResidentModel(
+            self.model, self.linears, bank, materialize=self.config.materialize, memory_share=memory_share
+        )
         return SFTEvaluator(
             self.resident,
             self.data,

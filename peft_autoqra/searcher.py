@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -16,6 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from peft_autoqra.errors import SearchStateError
+from peft_autoqra.executors.executor import TrialExecutor
+from peft_autoqra.executors.futures_executor import FuturesExecutor
+from peft_autoqra.executors.in_process import InProcessExecutor
+from peft_autoqra.executors.worker_source import WorkerSource
 from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
@@ -28,7 +33,7 @@ from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.search_ladder import Ladder
 from peft_autoqra.search_lock import search_lock
-from peft_autoqra.search_loop import SearchLoop
+from peft_autoqra.search_loop import SearchLoop, elapsed_seconds
 from peft_autoqra.search_result import ComparedPlan, SearchResult
 from peft_autoqra.search_session import SearchSession
 from peft_autoqra.search_setup import SearchInputs, SearchSetup, load_model, load_tokenizer
@@ -122,21 +127,41 @@ class AutoQRASearcher:
         """
         return self.setup.calibration_bank(self.cache_dir, show_progress=self._show_progress)
 
-    def run(self) -> SearchResult:
+    def run(self, executor: TrialExecutor | Executor | None = None, *, deterministic: bool = False) -> SearchResult:
         """Search, save ``plan/`` and ``search_result.json`` in the output directory, and return the result.
 
+        Args:
+            executor: evaluates the trials: :class:`~peft_autoqra.executors.ray_executor.RayExecutor`, one of your own,
+                or a pool of processes, Dask's or MPI's too, that is a ``concurrent.futures.Executor``
+                (:class:`~peft_autoqra.executors.futures_executor.FuturesExecutor` says more of it). None evaluates in
+                this process.
+            deterministic: propose trials as if a fixed number were under way, so that neither the number of workers
+                nor the order in which they end changes what is found.
+
         Raises:
+            ExecutorError: the executor cannot be used, or has lost all its workers; the same search can go on.
             SearchBudgetError: ``max_cost`` does not suffice for the baselines.
             SearchStateError: another search runs in the output directory, or it holds one with other settings or of
                 another version, or every trial at the last fidelity failed.
             CalibrationError: a module that the data never reaches, or values that are not finite.
         """
-        with self.opened():
-            loop = SearchLoop(self._open.session, self._callbacks, calibration_seconds=self._open.calibration_seconds)
+        used = FuturesExecutor(executor) if isinstance(executor, Executor) else executor or InProcessExecutor()
+        with closing(used), self.opened():
+            opened = self._open
+            loop = SearchLoop(
+                opened.session,
+                self._callbacks,
+                calibration_seconds=opened.calibration_seconds,
+                deterministic=deterministic,
+            )
             with loop.announced() as announce:
-                with self.evaluator() as evaluator:
-                    loop.run(evaluator)
+                with closing(self._worker_source()) as source, closing(used):  # workers end before their files do
+                    used.open(source)
+                    loop.run(used)
                 return announce(self.result())
+
+    def _worker_source(self) -> WorkerSource:
+        return WorkerSource(self.setup, self._open.bank, cache_dir=self.cache_dir, directory=self.output_dir)
 
     @contextmanager
     def opened(self) -> Iterator[AutoQRASearcher]:
@@ -207,7 +232,7 @@ class AutoQRASearcher:
             budget=self.setup.budget,
             cost=session.cost,
             max_cost=self.config.max_cost,
-            seconds=opened.calibration_seconds + sum(_seconds(trial) for trial in session.log.trials),
+            seconds=opened.calibration_seconds + elapsed_seconds(session.log.trials),
             surrogate_checks=tuple(session.engine.surrogate_checks),
             best_searched=self._compared(session.best_searched()),
             num_searched=session.engine.num_searched,
@@ -233,11 +258,8 @@ class AutoQRASearcher:
         Raises:
             SearchStateError: the searcher is not opened.
         """
-        evaluator = self.setup.evaluator(self._open.bank)
-        try:
-            yield evaluator
-        finally:
-            self.setup.resident.restore()
+        with closing(self._worker_source()) as source:
+            yield source.evaluator()
 
     def _compared(self, arm: Arm | None) -> ComparedPlan | None:
         session = self._open.session
@@ -331,10 +353,6 @@ def _pareto_front(trials: list[Trial]) -> tuple[Trial, ...]:
             front.append(trial)
             best = loss
     return tuple(front)
-
-
-def _seconds(trial: Trial) -> float:
-    return trial.result.seconds if trial.result is not None else 0.0
 
 
 def _step_seconds(setup: SearchSetup) -> float:

@@ -48,6 +48,8 @@ class TrialResult:
         seconds: wall-clock time of the evaluation.
         metrics: further figures.
         error: what went wrong.
+        ended_seconds: when it was told, on the wall clock of the search's trials, interruptions left out; None where
+            nobody looked at one.
     """
 
     status: TrialStatus
@@ -56,6 +58,7 @@ class TrialResult:
     sequence_losses: tuple[float, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    ended_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

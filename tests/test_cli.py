@@ -103,13 +103,13 @@ class TestRecipe:
 
     def test_flags_go_before_the_recipe_before_the_defaults(self, parse):
         recipe = parse({"learning_rate": 5e-4, "max_trials": 3, "weight_decay": 0.1}, "--max_trials", "4")
-        _, _, search_args, args, _ = recipe.settings
+        _, _, search_args, args, *_ = recipe.settings
         assert (search_args.max_trials, search_args.num_seeds, args.learning_rate) == (4, 3, 5e-4)
         assert recipe.given == {"learning_rate": 5e-4, "max_trials": 4, "weight_decay": 0.1}
 
     def test_exponents_without_a_dot_and_single_list_items_are_understood(self, parse):
         recipe = parse("learning_rate: 1e-3\nrank_choices: 8\nbit_choices: [2, 4]\n")
-        _, _, search_args, args, _ = recipe.settings
+        _, _, search_args, args, *_ = recipe.settings
         assert (args.learning_rate, search_args.rank_choices, search_args.bit_choices) == (1e-3, [8], [2, 4])
 
     def test_settings_of_other_commands_are_kept_for_them(self, parse):

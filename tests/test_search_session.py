@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from peft_autoqra import AutoQRASearchConfig
 from peft_autoqra.errors import SearchStateError
-from peft_autoqra.search.spending import plan_spending
-from peft_autoqra.search_ladder import Ladder
-from peft_autoqra.search_session import QLORA, SearchSession
-from peft_autoqra.search_setup import SearchInputs, SearchSetup
-from peft_autoqra.trial import Fidelity, Trial, TrialResult, TrialStatus
+from peft_autoqra.search_session import QLORA
+from peft_autoqra.trial import Trial, TrialResult, TrialStatus
 from peft_autoqra.trial_log import Finished, TrialLog
-from tests.tiny_data import token_dataset, word_tokenizer
-from tests.tiny_evaluator import tiny_args
-
-SEED = 5
-FIDELITIES = (Fidelity(0, 4, SEED), Fidelity(8, 4, SEED))
+from tests.tiny_session import SEED, evaluate, make_ladder, session_opener, session_setup
 
 
 @pytest.fixture(autouse=True)
@@ -31,55 +22,12 @@ def the_same_logs_at_any_time(monkeypatch):
 
 @pytest.fixture(scope="module")
 def setup(tiny_llama, tmp_path_factory):
-    config = AutoQRASearchConfig(
-        rank_choices=[0, 2, 4], bit_choices=[2, 4, 8], granularity="block", seed=SEED, memory_budget="180000"
-    )
-    args = tiny_args(tmp_path_factory.mktemp("sft"))
-    data = token_dataset(seed=0), token_dataset(seed=1)
-    return SearchSetup(SearchInputs(tiny_llama(), args, *data, word_tokenizer(), config))
-
-
-@pytest.fixture(scope="module")
-def problem(setup):
-    """A made-up loss table; nothing is calibrated."""
-    space = setup.space
-    shape = (space.num_groups, len(space.bit_choices), len(space.rank_choices))
-    weights = np.random.default_rng(0).lognormal(size=shape[0])
-    bits, ranks = np.array(space.bit_choices), np.array(space.rank_choices)
-    table = weights[:, None, None] * 4.0 ** -(bits - 1.0)[:, None] / (1 + ranks / 4)
-    return setup.problem_with(table)
-
-
-def make_ladder(max_trials=13, factors=(1.0,), num_seeds=2):
-    spending = plan_spending(
-        (0.05, 1.0),
-        1000.0,
-        max_trials=max_trials,
-        num_baselines=3,
-        num_seeds=num_seeds,
-        num_variants=len(factors),
-    )
-    return Ladder(FIDELITIES, spending, 0.5, factors, SEED)
+    return session_setup(tiny_llama(), tmp_path_factory.mktemp("sft"))
 
 
 @pytest.fixture
-def open_session(setup, problem, tmp_path):
-    def opened(name="log", ladder=None):
-        log = TrialLog(tmp_path / f"{name}.jsonl", {"search": 1})
-        return SearchSession(setup, problem, ladder or make_ladder(), log)
-
-    return opened
-
-
-def evaluate(trial: Trial) -> TrialResult:
-    """A loss for every plan and fidelity; one in nine fails."""
-    digest = zlib.crc32(f"{trial.plan.digest} {trial.fidelity}".encode())
-    if digest % 9 == 0 and trial.fidelity.num_steps == 0:
-        return TrialResult(status=TrialStatus.FAILED, seconds=0.0, error="out of luck")
-    losses = 2 + trial.plan.average_rank / 10 + 0.1 * np.random.default_rng(digest).normal(size=4)
-    return TrialResult(
-        status=TrialStatus.COMPLETED, seconds=0.0, loss=float(losses.mean()), sequence_losses=tuple(losses.tolist())
-    )
+def open_session(setup, tmp_path):
+    return session_opener(setup, tmp_path)
 
 
 def go_on(session, num=1):

@@ -20,11 +20,12 @@ from peft_autoqra.commands.command_parser import HelpFormatter, close_names
 from peft_autoqra.commands.recipe_flags import CommandOptions
 from peft_autoqra.commands.registry import COMMANDS, RECIPE_USAGE
 from peft_autoqra.errors import UsageError
+from peft_autoqra.executors.arguments import ExecutorArguments
 from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments, RecipeError
 from peft_autoqra.search_config import SearchArguments
 
 RECIPE_FILE = "recipe.yaml"
-RECIPE_TYPES = (ModelArguments, DataArguments, SearchArguments, AdapterArguments, SFTConfig)
+RECIPE_TYPES = (ModelArguments, DataArguments, SearchArguments, ExecutorArguments, AdapterArguments, SFTConfig)
 """One recipe serves all commands; each takes its own settings from it."""
 
 _SECRET_FIELDS = ("hub_token", "push_to_hub_token")

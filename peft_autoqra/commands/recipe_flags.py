@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft_autoqra.commands.command_parser import add_common_flags
+from peft_autoqra.executors.arguments import ExecutorArguments
 from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments
 from peft_autoqra.search_config import SearchArguments
 
@@ -45,6 +46,9 @@ class Topic:
 MODEL = Topic(name="model", summary="the base model", arguments=ModelArguments)
 DATA = Topic(name="data", summary="training and held-out data", arguments=DataArguments)
 SEARCH = Topic(name="search", summary="memory budget, choices, cost and limits", arguments=SearchArguments)
+WORKERS = Topic(
+    name="workers", summary="who evaluates trials: this process, or a Ray cluster", arguments=ExecutorArguments
+)
 ADAPTER = Topic(name="adapter", summary="a plan, or the same bits and rank everywhere", arguments=AdapterArguments)
 FINE_TUNE = Topic(name="fine-tune", summary="the recipe: what matters most of TRL's SFTConfig", arguments=None)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peft_autoqra.commands import folder_parsers
 from peft_autoqra.commands.command_parser import CommandParser
-from peft_autoqra.commands.recipe_flags import ADAPTER, DATA, FINE_TUNE, MODEL, SEARCH, Topic
+from peft_autoqra.commands.recipe_flags import ADAPTER, DATA, FINE_TUNE, MODEL, SEARCH, WORKERS, Topic
 
 RECIPE_USAGE = "[--config RECIPE.yaml] [--FIELD VALUE ...]"
 
@@ -45,7 +45,7 @@ COMMANDS: Mapping[str, Command] = {
         summary="find the weight bits and LoRA rank of every layer within a memory budget",
         description="Find the weight bits and LoRA rank of every layer within a memory budget. A stopped search goes "
         "on.",
-        topics=(MODEL, DATA, SEARCH, FINE_TUNE),
+        topics=(MODEL, DATA, SEARCH, FINE_TUNE, WORKERS),
         most_used=(*_INPUTS, "memory_budget", "max_cost", "learning_rate", "max_length", *_OUTPUTS),
         output_dir="search-out",
         goes_on=True,

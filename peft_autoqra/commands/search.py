@@ -12,6 +12,8 @@ from peft_autoqra.commands.outcome import Outcome
 from peft_autoqra.commands.parser import RECIPE_FILE
 from peft_autoqra.commands.searcher_recipe import read_searcher
 from peft_autoqra.commands.tables import memory_data, memory_table, text_table
+from peft_autoqra.executors.arguments import ExecutorArguments
+from peft_autoqra.executors.make_executor import make_executor
 from peft_autoqra.report import write_report
 from peft_autoqra.search_result import PLAN_FOLDER, ComparedPlan, SearchResult
 from peft_autoqra.searcher import SearchEstimate
@@ -28,7 +30,8 @@ def run(argv: Sequence[str]) -> Outcome:
     if options.dry_run:
         estimate = searcher.estimate()
         return Outcome(estimate_text(estimate), {"dry_run": True, **estimate_data(estimate)})
-    result = searcher.run()
+    workers: ExecutorArguments = recipe.settings[-2]
+    result = searcher.run(make_executor(workers), deterministic=workers.deterministic)
     directory = searcher.output_dir
     recipe.save(directory)
     report = write_report(directory)

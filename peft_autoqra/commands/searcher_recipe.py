@@ -23,7 +23,7 @@ def read_searcher(command: str, argv: Sequence[str]) -> tuple[AutoQRASearcher, P
         AutoQRAError: settings, data, model or output directory cannot be used.
     """
     recipe = RecipeParser(command).parse(argv)
-    model_args, data_args, search_args, args, options = recipe.settings
+    model_args, data_args, search_args, args, *_, options = recipe.settings
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
     searcher = AutoQRASearcher(
         load_base_model(model_args, args),

@@ -30,6 +30,7 @@ class ResidentModel:
         materialize: keep the decoded weights of every (module, bits) that was used, so that switching a plan moves
             pointers only. False decodes each time. None materializes where all bit-widths of the bank fit into half
             of the free memory.
+        memory_share: of the free memory that is this process's to use; others on the machine have the rest.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ResidentModel:
         bank: CalibrationBank,
         *,
         materialize: bool | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         """Keep the weights, and room for one plan's."""
         self.model = model
@@ -46,7 +48,8 @@ class ResidentModel:
         self._linears = dict(linears)
         self._originals = {name: dense_weight(layer) for name, layer in linears.items()}
         num_copies = len(bank.settings.bit_choices)
-        self.materializes = _fits(self._originals, num_copies) if materialize is None else materialize
+        fits = _fits(self._originals, num_copies, memory_share)
+        self.materializes = fits if materialize is None else materialize
         self._buffers: dict[str, Tensor] = {}
         self._decoded: dict[tuple[str, int, QuantizerSettings], Tensor] = {}
         self._factors: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
@@ -132,9 +135,9 @@ def _room_for(weight: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def _fits(weights: Mapping[str, Tensor], num_copies: int) -> bool:
-    """Whether copies of all weights fit into the free memory of their device, with room to spare."""
+def _fits(weights: Mapping[str, Tensor], num_copies: int, memory_share: float) -> bool:
+    """Whether copies of all weights fit into a share of the free memory of their device, with room to spare."""
     needed = num_copies * sum(weight.numel() * weight.element_size() for weight in weights.values())
     device = next(iter(weights.values())).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return needed < _FREE_MEMORY_SHARE * free
+    return needed < _FREE_MEMORY_SHARE * memory_share * free

@@ -166,7 +166,7 @@ def build_calibration_bank(
     names = settings.module_names
     statistics_fingerprint = statistics_fingerprint or calibration_fingerprint(model, batches, names, options)
     fingerprint = settings.fingerprint(statistics_fingerprint)
-    folder = None if directory is None else directory / f"bank-{fingerprint}"
+    folder = None if directory is None else bank_folder(directory, fingerprint)
     store = BankStore(folder)
     with one_at_a_time(folder):
         found = {(name, bits): store.get(name, bits) for name in names for bits in settings.bit_choices}
@@ -181,6 +181,31 @@ def build_calibration_bank(
                 _fit_module(module, missing[module.name], settings, store)
     entries = {key: entry or store.get(*key) for key, entry in found.items()}
     return CalibrationBank(settings, fingerprint, {key: entry for key, entry in entries.items() if entry is not None})
+
+
+def bank_folder(directory: Path, fingerprint: str) -> Path:
+    """Where a bank lies among what is kept of calibrations."""
+    return directory / f"bank-{fingerprint}"
+
+
+def open_calibration_bank(settings: BankSettings, fingerprint: str, folder: Path) -> CalibrationBank:
+    """A bank that another process has built; nothing is measured.
+
+    Raises:
+        CalibrationError: an entry is missing or damaged.
+    """
+    store = BankStore(folder)
+    entries: dict[tuple[str, int], BankEntry] = {}
+    for name in settings.module_names:
+        for bits in settings.bit_choices:
+            entry = store.get(name, bits)
+            if entry is None:
+                raise CalibrationError(
+                    f"{folder} holds no calibration of {name!r} at {bits} bits; start the search again, which "
+                    "calibrates what is missing."
+                )
+            entries[name, bits] = entry
+    return CalibrationBank(settings, fingerprint, entries)
 
 
 @torch.no_grad()
