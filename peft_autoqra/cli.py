@@ -15,6 +15,7 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
 
   search     find the weight bits and LoRA rank of every layer within a memory budget
   train      fine-tune with a plan, or with the same bits and rank everywhere
+  evaluate   judge a model or an adapter: held-out loss, metrics, benchmark tasks; compare two
   report     write one HTML page about a search
   push       upload a plan, an adapter or a quantized base to the Hugging Face Hub
   export     write an adapter for vLLM, llama.cpp or transformers without this package
@@ -29,7 +30,7 @@ usage: autoqra COMMAND [--config RECIPE.yaml] [--FIELD VALUE ...]
   autoqra report search-out
   autoqra push search-out/adapter --repo_id me/my-adapter
 """
-COMMANDS = ("calibrate", "search", "train", "report", "push", "export")
+COMMANDS = ("calibrate", "search", "train", "evaluate", "report", "push", "export")
 GOES_ON = ("calibrate", "search")
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 

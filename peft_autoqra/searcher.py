@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
+from evaluate import EvaluationModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from peft_autoqra.errors import SearchStateError
+from peft_autoqra.evaluation.named_objective import ExampleLosses, make_objective
+from peft_autoqra.evaluation.objective import Objective
 from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
@@ -56,11 +60,16 @@ class AutoQRASearcher:
         args: the recipe of the real fine-tune.
         search_config: what to search and how much to spend.
         show_progress: show progress bars.
+        objective: what is minimized in place of ``search_config.objective``: a metric of the `evaluate` library, a
+            function of model, tokenizer and examples that gives a loss for each example, or an
+            :class:`~peft_autoqra.evaluation.objective.Objective`.
 
     Raises:
         InvalidPlanError: choices, modules or optimizer that cannot be planned.
         MemoryBudgetError: a budget that cannot be read or reached; the message names the smallest reachable one.
         CalibrationError: empty data.
+        EvaluationError: an objective that does not exist, or that ``eval_dataset`` does not suffice for.
+        MissingDependencyError: an objective that needs a package which is not installed.
     """
 
     def __init__(
@@ -73,9 +82,13 @@ class AutoQRASearcher:
         search_config: AutoQRASearchConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         show_progress: bool = True,
+        objective: Objective | EvaluationModule | ExampleLosses | None = None,
     ) -> None:
         """Check settings and prepare data; nothing long runs yet."""
         self.config = search_config or AutoQRASearchConfig()
+        judge = make_objective(objective or self.config.objective, max_new_tokens=self.config.max_new_tokens)
+        if judge is not None:
+            judge.check(eval_dataset)  # before a model is loaded
         self.setup = SearchSetup(
             SearchInputs(
                 model=load_model(model, args),
@@ -84,6 +97,7 @@ class AutoQRASearcher:
                 eval_dataset=eval_dataset,
                 processing_class=processing_class or load_tokenizer(model),
                 config=self.config,
+                objective=judge,
             )
         )
         self._show_progress = show_progress
@@ -195,6 +209,7 @@ class AutoQRASearcher:
             best_searched=self._compared(session.best_searched()),
             num_searched=session.engine.num_searched,
             spending=session.ladder.to_dict(),
+            objective=self.setup.objective_info,
         )
         result.save(self.output_dir)
         return result
@@ -277,7 +292,7 @@ class AutoQRASearcher:
             provenance={
                 "peft_autoqra": version("peft-autoqra"),
                 "origin": winner.first.origin,
-                "held_out_loss": winner.loss,
+                **self._figures(winner),
                 "steps": winner.first.fidelity.num_steps,
                 "learning_rate_factor": winner.first.fidelity.learning_rate_factor,
                 "lora_alpha": self.config.lora_alpha,
@@ -286,6 +301,14 @@ class AutoQRASearcher:
                 "search": self.setup.identity(),
             }
         )
+
+    def _figures(self, winner: ComparedPlan) -> dict[str, Any]:
+        """Of the plan's record: its held-out loss, and what it was chosen for where that is another figure."""
+        info = self.setup.objective_info
+        if self.setup.objective is None:
+            return {"held_out_loss": winner.loss}
+        figures = {"objective": info.name, "objective_value": winner.metric(info.name)}
+        return {"held_out_loss": winner.metric("held_out_loss"), **figures}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
-from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments, RecipeError
+from peft_autoqra.recipe import AdapterArguments, DataArguments, EvaluationArguments, ModelArguments, RecipeError
 from peft_autoqra.search_config import SearchArguments
 
 RECIPE_FILE = "recipe.yaml"
-RECIPE_TYPES = (ModelArguments, DataArguments, SearchArguments, AdapterArguments, SFTConfig)
+RECIPE_TYPES = (ModelArguments, DataArguments, SearchArguments, AdapterArguments, EvaluationArguments, SFTConfig)
 """One recipe serves all commands; each takes its own settings from it."""
 
 _COMMON_TRAINING_FIELDS = (
@@ -216,6 +216,7 @@ def _topics(parser: Any, *, show_all: bool) -> list[tuple[str, set[str]]]:
         DataArguments: "data",
         SearchArguments: "search",
         AdapterArguments: "bits and ranks",
+        EvaluationArguments: "evaluation",
         SFTConfig: "fine-tune (TRL's SFTConfig)",
     }
     topics = [("options", {"config", "help", "help_all", *(f.name for f in fields(CommandOptions))})]
