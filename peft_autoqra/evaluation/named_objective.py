@@ -106,6 +106,6 @@ def _by_name(name: str, max_new_tokens: int) -> Objective | None:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """``NAME:KEY`` in two; the colon of ``C:\\\\metric.py`` is none."""
+    """``NAME:KEY`` in two; a drive's colon is none."""
     path, _, key = name.rpartition(":")
     return (path, key) if path and key.isidentifier() else (name, None)
