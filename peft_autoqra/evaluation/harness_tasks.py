@@ -59,6 +59,9 @@ class HarnessTasks:
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
         self._apply_chat_template = apply_chat_template
+        missing = [name for name in names if name.endswith((".yaml", ".yml")) and not Path(name).is_file()]
+        if missing:
+            raise EvaluationError(f"There is no file {missing[0]} to read a task from.")
         are_files = all(Path(name).is_file() for name in names)
         manager = TaskManager(include_defaults=not are_files)  # reading the settings of all tasks takes seconds, too
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
