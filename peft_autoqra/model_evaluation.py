@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,9 @@ from peft_autoqra.evaluation.sft import SFTData
 from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.paired import paired_difference
 
+EQUAL = 1e-9
+"""Values by example that differ by a smaller share are the same but for rounding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
@@ -30,8 +32,9 @@ class Figure:
     Attributes:
         name: such as ``"accuracy"``.
         value: the figure.
-        standard_error: over examples; None where it is not known.
-        interval: 95% confidence interval over examples; None where it is not known.
+        standard_error: over examples; None where it is not known: with one example, or where all gave the same,
+            which does not mean that all others would.
+        interval: 95% confidence interval over examples; None likewise.
         num_values: examples, or groups of them, that the interval is over.
         greater_is_better: direction.
         unit: such as ``"nats per token"``.
@@ -48,8 +51,10 @@ class Figure:
     @property
     def verdict(self) -> str:
         """Of a difference: what it says of the first model."""
-        if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
-            return "no difference beyond the interval" if self.interval else "unknown"
+        if self.interval is None:
+            return "the same" if self.value == 0 else "unknown"
+        if self.interval[0] <= 0 <= self.interval[1]:
+            return "not different beyond the interval"
         return "better" if (self.value > 0) == self.greater_is_better else "worse"
 
 
@@ -62,7 +67,8 @@ class EvaluationResult:
         figures: of the model.
         baseline: hub id or folder of the model that it is compared with; None without.
         baseline_figures: of that, in the same order.
-        differences: model minus baseline, paired example by example, of the figures that allow it.
+        differences: model minus baseline, paired example by example, of the figures that allow it: not of losses per
+            token where the two have different tokens.
         num_examples: held-out examples; 0 where only tasks were run.
         seconds: wall-clock time.
     """
@@ -104,10 +110,18 @@ class JudgedBy:
 
 @dataclass(frozen=True)
 class Judged:
-    """One figure of a model with its values by example."""
+    """One figure of a model with its values by example.
+
+    Attributes:
+        info: how it is called.
+        score: its values.
+        num_tokens: of each example, where values are per token: of models that cut the same text into other tokens
+            they cannot be compared.
+    """
 
     info: ObjectiveInfo
     score: Score
+    num_tokens: tuple[int, ...] = ()
 
     @property
     def figure(self) -> Figure:
@@ -133,7 +147,7 @@ def judge(model: nn.Module, tokenizer: PreTrainedTokenizerBase, by: JudgedBy) ->
         data = prepare(by.dataset, tokenizer, by.args)
         num = len(by.dataset) if by.limit is None else by.limit
         loss = held_out_loss(model, data.batches(data.held_out, num))
-        judged.append(Judged(HELD_OUT_LOSS, Score(loss.mean, loss.weighted_losses)))
+        judged.append(Judged(HELD_OUT_LOSS, Score(loss.mean, loss.weighted_losses), loss.num_tokens))
         judged += [Judged(one.info, one.score(model, data.examples, num)) for one in by.objectives]
     if by.tasks is not None:
         batch_size = by.args.per_device_eval_batch_size
@@ -189,7 +203,7 @@ def _differences(first: Sequence[Judged], second: Sequence[Judged]) -> list[Figu
     found = []
     for one, other in zip(first, second, strict=False):
         values, others = one.score.example_values, other.score.example_values
-        if one.info == other.info and values and len(values) == len(others):
+        if one.info == other.info and values and len(values) == len(others) and one.num_tokens == other.num_tokens:
             difference = [value - other for value, other in zip(values, others, strict=True)]
             found.append(_figure(one.info, one.score.value - other.score.value, difference))
     return found
@@ -197,13 +211,14 @@ def _differences(first: Sequence[Judged], second: Sequence[Judged]) -> list[Figu
 
 def _figure(info: ObjectiveInfo, value: float, values: Sequence[float]) -> Figure:
     """With the interval of the mean of values by example."""
-    margin = paired_difference([values], [[0.0] * len(values)]) if len(values) > 1 else None
-    is_known = margin is not None and not math.isnan(margin.standard_error)
+    margin = None
+    if len(values) > 1 and max(values) - min(values) > EQUAL * max(map(abs, values)):
+        margin = paired_difference([values], [[0.0] * len(values)])
     return Figure(
         name=info.name,
         value=value,
-        standard_error=margin.standard_error if margin is not None and is_known else None,
-        interval=margin.interval if margin is not None and is_known else None,
+        standard_error=margin.standard_error if margin else None,
+        interval=margin.interval if margin else None,
         num_values=len(values),
         greater_is_better=info.greater_is_better,
         unit=info.unit,

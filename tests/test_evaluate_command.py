@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,6 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAQuantConfig, cli, uniform_plan
 from peft_autoqra.commands import evaluate as command
+from peft_autoqra.evaluation.objective import Score
+from peft_autoqra.model_evaluation import Judged, result_of
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from tests.evaluation.harness_task import write_task
 from tests.evaluation.tiny_questions import DISTANCE_SCRIPT, questions, write_script
 from tests.test_cli import fails_with_one_line
@@ -79,7 +81,10 @@ def answer_losses(model, rows) -> tuple[np.ndarray, np.ndarray]:
 def test_adapter_beside_its_base(places, tmp_path, capsys):
     figures = ["--eval_file", places.questions, "--metric", "accuracy", "--per_device_eval_batch_size", "4"]
     result = evaluated(tmp_path, places.adapter, *figures, "--baseline", places.model)
-    models = (AutoPeftModelForCausalLM.from_pretrained(places.adapter), AutoModelForCausalLM.from_pretrained(places.model))
+    models = (
+        AutoPeftModelForCausalLM.from_pretrained(places.adapter),
+        AutoModelForCausalLM.from_pretrained(places.model),
+    )
     rows = questions(num=10)
     (sums, counts), (base_sums, _) = (answer_losses(model.eval(), rows) for model in models)
     total = counts.sum()
@@ -96,13 +101,10 @@ def test_adapter_beside_its_base(places, tmp_path, capsys):
     loss = result["differences"][0]
     assert loss["value"] == pytest.approx(gaps.sum() / total, rel=1e-3)
     assert loss["standard_error"] == pytest.approx(paired, rel=1e-3)
-    assert loss["verdict"] == ("better" if loss["interval"][1] < 0 else "no difference beyond the interval")
+    assert loss["verdict"] == ("better" if loss["interval"][1] < 0 else "not different beyond the interval")
     assert result["differences"][1]["name"] == "accuracy"
-    text = capsys.readouterr().out
-    assert "perplexity" in text
-    assert f"{np.exp(sums.sum() / total):.2f}" in text
-    assert "Model minus baseline" in text
-    assert loss["verdict"] in text
+    perplexity = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity"))
+    assert perplexity.split()[1:] == [f"{np.exp(summed.sum() / total):.2f}" for summed in (sums, base_sums)]
 
 
 def test_a_quantized_base_and_a_plan_are_what_they_are_without_training(places, tmp_path):
@@ -116,6 +118,23 @@ def test_a_quantized_base_and_a_plan_are_what_they_are_without_training(places, 
     plan = evaluated(tmp_path, str(tmp_path / "plan"), "--model_name_or_path", places.model, *data)
     assert quantized["figures"][0]["value"] == pytest.approx(sums.sum() / counts.sum(), rel=1e-4)
     assert plan["figures"][0]["value"] == pytest.approx(quantized["figures"][0]["value"], rel=1e-4)
+
+
+def test_a_model_and_itself_are_the_same(places, tmp_path, capsys):
+    flags = ["--eval_file", places.questions, "--metric", "accuracy", "--baseline", places.model]
+    result = evaluated(tmp_path, places.model, *flags)
+    assert [figure["verdict"] for figure in result["differences"]] == ["the same", "the same"]
+    assert all(figure["interval"] is None for figure in result["differences"])
+    assert "the same" in capsys.readouterr().out
+
+
+def test_losses_per_token_of_other_tokens_are_not_compared():
+    loss = Judged(HELD_OUT_LOSS, Score(2.0, (1.0, 3.0)), (4, 4))
+    other = Judged(HELD_OUT_LOSS, Score(2.0, (1.0, 3.0)), (5, 5))
+    right = [Judged(ObjectiveInfo("accuracy"), Score(value, (value, 0.0))) for value in (1.0, 0.0)]
+    result = result_of(["a", "b"], [[loss, right[0]], [other, right[1]]], num_examples=2, start=0.0)
+    assert [figure.name for figure in result.differences] == ["accuracy"]
+    assert "unknown" in command.result_text(result)
 
 
 def test_texts_and_a_limit(places, tmp_path):

@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     types = (ModelArguments, DataArguments, EvaluationArguments, SFTConfig)
     parser = RecipeParser("evaluate", types, description=DESCRIPTION, output_dir="evaluation")
+    parser.usage = "autoqra evaluate MODEL [--config RECIPE.yaml] [--FIELD VALUE ...]"
     named, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     model_args, data_args, wanted, args, options = parser.parse(flags).settings
     name = named or model_args.model_name_or_path
@@ -113,37 +114,42 @@ def result_text(result: EvaluationResult) -> str:
     if result.baseline is not None:
         lines.append(f"baseline  {result.baseline}")
     lines += [f"{result.num_examples} held-out examples, {format_seconds(result.seconds)}", ""]
-    lines.append(_figures_table(result.figures))
-    if result.baseline is not None:
-        lines += ["", "Baseline:", _figures_table(result.baseline_figures), ""]
-        rows = [
-            [figure.name, f"{figure.value:+.4f}", _interval(figure, signed=True), figure.verdict]
-            for figure in result.differences
-        ]
-        lines += ["Model minus baseline, example by example:"]
-        lines.append(text_table(["figure", "difference", "95% interval", "the model is"], rows))
+    lines.append(_figures_table(result.figures) if result.baseline is None else _comparison_table(result))
     lines += ["", "Intervals are over examples: other data of this kind, not other training runs."]
     return "\n".join(lines)
 
 
 def _figures_table(figures: Sequence[Figure]) -> str:
-    rows = [row for figure in figures for row in _rows(figure)]
+    rows = []
+    for figure in figures:
+        rows.append([_label(figure), f"{figure.value:.4f}", _interval(figure, ".4f")])
+        if figure.name == HELD_OUT_LOSS.name and figure.interval is not None:
+            low, high = (_perplexity(bound) for bound in figure.interval)
+            rows.append(["perplexity", f"{_perplexity(figure.value):.2f}", f"{low:.2f} to {high:.2f}"])
     return text_table(["figure", "value", "95% interval"], rows)
 
 
-def _rows(figure: Figure) -> list[list[str]]:
-    label = f"{figure.name}, {figure.unit}" if figure.unit else figure.name
-    rows = [[label, f"{figure.value:.4f}", _interval(figure)]]
-    if figure.name == HELD_OUT_LOSS.name and figure.interval is not None:
-        low, high = (_perplexity(bound) for bound in figure.interval)
-        rows.append(["perplexity", f"{_perplexity(figure.value):.2f}", f"{low:.2f} to {high:.2f}"])
-    return rows
+def _comparison_table(result: EvaluationResult) -> str:
+    differences = {figure.name: figure for figure in result.differences}
+    rows = []
+    for figure, other in zip(result.figures, result.baseline_figures, strict=True):
+        row = [_label(figure), f"{figure.value:.4f}", f"{other.value:.4f}"]
+        found = differences.get(figure.name)
+        compared = [f"{found.value:+.4f}", _interval(found, "+.4f"), found.verdict] if found else ["-", "-", "unknown"]
+        rows.append(row + compared)
+        if figure.name == HELD_OUT_LOSS.name:
+            perplexities = [f"{_perplexity(one.value):.2f}" for one in (figure, other)]
+            rows.append(["perplexity", *perplexities, "", "", ""])
+    return text_table(["figure", "model", "baseline", "difference", "95% interval", "the model is"], rows)
 
 
-def _interval(figure: Figure, *, signed: bool = False) -> str:
+def _label(figure: Figure) -> str:
+    return f"{figure.name}, {figure.unit}" if figure.unit else figure.name
+
+
+def _interval(figure: Figure, form: str) -> str:
     if figure.interval is None:
         return "-"
-    form = "+.4f" if signed else ".4f"
     return f"{figure.interval[0]:{form}} to {figure.interval[1]:{form}}"
 
 

@@ -150,7 +150,7 @@ def _load(name: str) -> EvaluationModule:
         return evaluate.load(name, keep_in_memory=True)
     except FileNotFoundError as error:
         raise EvaluationError(
-            f"There is no metric {name!r}: no such script here, and not in the cache or on the hub (which may be out "
+            f"There is no metric {name!r}: no such script here, and not in the cache or on the hub (perhaps out "
             "of reach). Give the path of a script, such as ./my_metric.py, or one of accuracy, exact_match."
         ) from error
     except Exception as error:  # a script raises what it likes
@@ -163,7 +163,8 @@ def _features(metric: EvaluationModule) -> Features:
     features = features[0] if isinstance(features, list) else features
     if set(features) != {"predictions", "references"}:
         raise EvaluationError(
-            f"The metric {metric.name!r} takes {sorted(features)}; one that takes predictions and references is needed."
+            f"The metric {metric.name!r} takes {sorted(features)}; one that takes predictions and references is "
+            "needed."
         )
     return features
 

@@ -75,7 +75,7 @@ def test_generated_texts(model):
                 ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
             if ids[-1] in (2, tokenizer.eos_token_id):  # the model's own, and the tokenizer's
                 break
-        new = [token for token in ids[len(tokenizer(one.prompt)["input_ids"]) :]]
+        new = ids[len(tokenizer(one.prompt)["input_ids"]) :]
         assert text == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 

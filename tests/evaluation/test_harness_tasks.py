@@ -87,7 +87,7 @@ class TestTasks:
     def test_data_that_is_not_there(self, tmp_path):
         path = write_task(tmp_path)
         (tmp_path / "pick.jsonl").unlink()
-        with pytest.raises(EvaluationError, match="cannot be loaded .*local files"):
+        with pytest.raises(EvaluationError, match=r"cannot be loaded .*local files"):
             TaskObjective(path)
 
     def test_a_file_that_is_no_task(self, tmp_path):

@@ -18,7 +18,6 @@ from peft_autoqra.evaluation.objective import HeldOutExamples
 from tests.evaluation.tiny_questions import DISTANCE_SCRIPT, F1_SCRIPT, questions, write_script
 from tests.tiny_data import word_tokenizer
 
-
 pytestmark = pytest.mark.usefixtures("metric_modules")
 
 
@@ -117,7 +116,7 @@ def test_unknown_objectives(name, words):
 
 
 def test_a_broken_script(tmp_path):
-    with pytest.raises(EvaluationError, match="cannot be loaded: .*"):
+    with pytest.raises(EvaluationError, match="cannot be loaded: ZeroDivisionError"):
         make_objective(write_script(tmp_path, "broken", "1 / 0"))
 
 

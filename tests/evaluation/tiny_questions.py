@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-F1_SCRIPT = '''
+F1_SCRIPT = """
 import datasets
 import evaluate
 from sklearn.metrics import f1_score
@@ -20,8 +20,8 @@ class MacroF1(evaluate.Metric):
 
     def _compute(self, predictions, references):
         return {"f1": f1_score(references, predictions, average="macro", zero_division=0.0), "count": "many"}
-'''
-DISTANCE_SCRIPT = '''
+"""
+DISTANCE_SCRIPT = """
 import datasets
 import evaluate
 
@@ -37,7 +37,7 @@ class Distance(evaluate.Metric):
     def _compute(self, predictions, references):
         pairs = zip(predictions, references)
         return {"distance": sum(abs(len(p.split()) - len(r[0].split())) for p, r in pairs) / len(predictions)}
-'''
+"""
 
 
 def questions(num: int = 12, seed: int = 0) -> Dataset:
