@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,10 +14,13 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from scipy.stats import t as student_t
+from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAQuantConfig, cli, uniform_plan
 from peft_autoqra.commands import evaluate as command
+from peft_autoqra.evaluation.answers import likeliest_choices
+from peft_autoqra.evaluation.completions import Completion, Tokenizing, with_choices
 from peft_autoqra.evaluation.objective import Score
 from peft_autoqra.model_evaluation import Judged, result_of
 from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
@@ -135,6 +140,19 @@ def test_losses_per_token_of_other_tokens_are_not_compared():
     result = result_of(["a", "b"], [[loss, right[0]], [other, right[1]]], num_examples=2, start=0.0)
     assert [figure.name for figure in result.differences] == ["accuracy"]
     assert "unknown" in command.result_text(result)
+
+
+def test_the_metric_of_the_guide(places, tmp_path):
+    guide = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    (script,) = re.findall(r"```python\n(# macro_f1\.py.*?)```", guide, re.DOTALL)
+    flags = ["--eval_file", places.questions, "--metric", write_script(tmp_path, "macro_f1", script)]
+    result = evaluated(tmp_path, places.model, *flags)
+    rows = [Completion(row["prompt"], row["completion"]) for row in questions(num=10)]
+    model = AutoModelForCausalLM.from_pretrained(places.model).eval()
+    examples = with_choices(rows)
+    predicted = likeliest_choices(model, examples, Tokenizing(word_tokenizer()), 4)
+    expected = f1_score([one.label for one in examples], predicted, average="macro")
+    assert result["figures"][1]["value"] == pytest.approx(expected)
 
 
 def test_texts_and_a_limit(places, tmp_path):

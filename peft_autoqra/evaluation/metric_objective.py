@@ -139,8 +139,8 @@ class MetricObjective:
         value = figures.get(key)
         if value is None or not (isinstance(value, int | float) or getattr(value, "ndim", None) == 0):
             raise EvaluationError(
-                f"The metric {self.metric.name!r} gives {sorted(figures)}, and {key!r} of them is no number; name one, "
-                f"such as {self.metric.name}:{next(iter(figures), 'KEY')}."
+                f"The metric {self.metric.name!r} gives {sorted(figures)}, and {key!r} of them is no number; name "
+                f"one, such as {self.metric.name}:{next(iter(figures), 'KEY')}."
             )
         return float(value)
 
