@@ -24,6 +24,7 @@ from peft_autoqra.evaluation.objective import Objective
 from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.search.ledger import Arm
 from peft_autoqra.search_config import AutoQRASearchConfig
@@ -45,9 +46,9 @@ class AutoQRASearcher:
 
     Importance is measured on calibration data and allocated exactly; an evolutionary and a Bayesian stage improve on
     that with short SFTTrainer runs; the best plans and the baselines (uniform 4-bit QLoRA among them, where it fits
-    the budget) are confirmed with further seeds. The winner is the plan with the lowest held-out loss, or a simpler
-    one that it is not better than beyond the 95% interval. All of it costs at most ``max_cost`` full fine-tunes.
-    Every trial is on disk when it ends: the same call after a crash goes on where the last one stopped, and asks for
+    the budget) are confirmed with further seeds. The winner is the plan with the least held-out loss (or
+    loss of another objective), or a simpler one that it is not better than beyond the 95% interval. All of it costs at
+    most ``max_cost`` full fine-tunes. Every trial is on disk when it ends: the same call after a crash goes on where the last one stopped, and asks for
     the same trials in the same order. With a scheduler of your own use :meth:`ask` and :meth:`tell` instead of
     :meth:`run`.
 
@@ -259,6 +260,7 @@ class AutoQRASearcher:
             full_steps=setup.costs.full_steps,
             max_cost=self.config.max_cost,
             full_seconds=setup.costs.full_steps * _step_seconds(setup),
+            objective=setup.objective_info,
         )
 
     @property
@@ -333,6 +335,7 @@ class SearchEstimate:
         full_steps: of one full fine-tune.
         max_cost: of the search, calibration included, in units of one full fine-tune.
         full_seconds: estimated time of one full fine-tune on the unquantized model.
+        objective: what trials are scored by.
     """
 
     budget_bytes: int
@@ -343,6 +346,7 @@ class SearchEstimate:
     full_steps: int
     max_cost: float
     full_seconds: float
+    objective: ObjectiveInfo = HELD_OUT_LOSS
 
 
 def _pareto_front(trials: list[Trial]) -> tuple[Trial, ...]:

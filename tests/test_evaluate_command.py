@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_autoqra import AutoQRAQuantConfig, cli, uniform_plan
 from peft_autoqra.commands import evaluate as command
+from peft_autoqra.commands import searcher_recipe
 from peft_autoqra.evaluation.answers import likeliest_choices
 from peft_autoqra.evaluation.completions import Completion, Tokenizing, with_choices
 from peft_autoqra.evaluation.objective import Score
@@ -221,6 +222,13 @@ class TestMistakes:
     def test_data_without_completions(self, capsys, places):
         argv = ["evaluate", places.model, "--eval_file", str(places.tiny.data / "test.jsonl"), "--metric", "accuracy"]
         fails_with_one_line(capsys, argv, "no completion", "`prompt` and `completion`")
+
+
+def test_a_search_for_a_metric_that_is_not_there(capsys, places, monkeypatch):
+    monkeypatch.setattr(searcher_recipe, "load_base_model", lambda *_: pytest.fail("loaded"))
+    argv = ["search", *places.tiny.flags, "--objective"]
+    fails_with_one_line(capsys, [*argv, "no_such_metric"], "no_such_metric", "./my_metric.py")
+    fails_with_one_line(capsys, [*argv, "accuracy"], "no completion")
 
 
 def test_a_model_that_is_not_there(capsys, places):

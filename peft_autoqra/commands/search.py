@@ -75,7 +75,8 @@ def spending_text(estimate: SearchEstimate) -> str:
             f"The search costs at most {estimate.max_cost:g} full fine-tunes ({estimate.full_steps:,} steps each, "
             f"about {format_seconds(estimate.full_seconds)} here), calibration included:",
             text_table(("part", "number", "cost of one", "cost"), rows),
-            f"Trials are scored on {ladder.final.num_eval_sequences} held-out sequences. Together about "
+            f"Trials are scored by {estimate.objective.name} on {ladder.final.num_eval_sequences} held-out "
+            "sequences. Together about "
             f"{format_seconds(estimate.max_cost * estimate.full_seconds)}; what one stage leaves, others spend.",
         ]
     )

@@ -93,8 +93,17 @@ class MetricObjective:
         return super().__reduce_ex__(protocol) if self._made_from is None else (self.named, self._made_from)
 
     def check(self, examples: Dataset) -> None:
-        """See :class:`~peft_autoqra.evaluation.objective.Objective`."""
-        self._completions(examples)
+        """See :class:`~peft_autoqra.evaluation.objective.Objective`; the metric is tried on perfect predictions."""
+        right = [self._right(one) for one in self._completions(examples)]
+        try:
+            self._compute(right, right, range(len(right)))
+        except EvaluationError:
+            raise
+        except Exception as error:  # of the metric's own code
+            raise EvaluationError(
+                f"The metric {self.info.name!r} fails where predictions equal references: {type(error).__name__}: "
+                f"{error}"
+            ) from error
 
     def tokens_per_example(self, data: HeldOutExamples) -> float:
         """See :class:`~peft_autoqra.evaluation.objective.Objective`; texts are taken to be as long as they may be."""
@@ -113,12 +122,9 @@ class MetricObjective:
         predictions: Sequence[Any]
         if self.writes_text:
             predictions = generated_texts(model, completions, tokenizing, data.batch_size, self.max_new_tokens)
-            references: list[Any] = [one.answer.strip() for one in completions]
         else:
             predictions = likeliest_choices(model, completions, tokenizing, data.batch_size)
-            references = [one.label for one in completions]
-        if self._many_references:
-            references = [[reference] for reference in references]
+        references = [self._right(one) for one in completions]
         values = example_values(lambda chosen: self._compute(predictions, references, chosen), len(completions))
         return Score(sum(values) / len(values), values)
 
@@ -126,10 +132,13 @@ class MetricObjective:
         completions = read_completions(examples)
         return completions if self.writes_text else with_choices(completions)
 
+    def _right(self, completion: Completion) -> str | int:
+        return completion.answer.strip() if self.writes_text else completion.label
+
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any], chosen: Sequence[int]) -> float:
         figures = self.metric.compute(
             predictions=[predictions[i] for i in chosen],
-            references=[references[i] for i in chosen],
+            references=[[references[i]] if self._many_references else references[i] for i in chosen],
             **self.compute_kwargs,
         )
         return self._figure(figures)

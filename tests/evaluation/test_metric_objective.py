@@ -90,6 +90,23 @@ def test_what_judging_costs(data):
     assert generated.tokens_per_example(data) == pytest.approx(np.mean(prompts) + 5 * GENERATED_TOKEN)
 
 
+def test_a_failure_leaves_nothing_behind():
+    class Fickle(ExactMatch):
+        num_calls = 0
+
+        def _compute(self, predictions, references):
+            self.num_calls += 1
+            assert len(predictions) == 12
+            return {"fickle": 1 / (self.num_calls - 2)}
+
+    objective = MetricObjective(Fickle(keep_in_memory=True))
+    rows = questions()
+    objective.check(rows)
+    with pytest.raises(EvaluationError, match="division by zero"):
+        objective.check(rows)
+    objective.check(rows)
+
+
 def test_identity_changes_with_the_script(tmp_path):
     first = make_objective(write_script(tmp_path, "distance", DISTANCE_SCRIPT))
     second = make_objective(write_script(tmp_path, "distance", DISTANCE_SCRIPT.replace("abs(", "1 + abs(")))
@@ -120,10 +137,18 @@ def test_a_broken_script(tmp_path):
         make_objective(write_script(tmp_path, "broken", "1 / 0"))
 
 
-def test_several_figures_need_a_name(model, data, tmp_path):
+def test_several_figures_need_a_name(data, tmp_path):
     objective = make_objective(write_script(tmp_path, "macro_f1", F1_SCRIPT))
     with pytest.raises(EvaluationError, match=r"\['count', 'f1'\].*macro_f1:f1"):
-        objective.score(model, data, 12)
+        objective.check(data.examples)
+
+
+def test_a_metric_that_fails_does_so_before_a_model_is_there(data, tmp_path):
+    objective = make_objective(write_script(tmp_path, "distance", DISTANCE_SCRIPT.replace("/ len", "/ 0 / len")))
+    with pytest.raises(
+        EvaluationError, match="'distance' fails where predictions equal references: ZeroDivisionError"
+    ):
+        objective.check(data.examples)
 
 
 class TestFunctions:
