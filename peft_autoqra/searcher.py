@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from evaluate import EvaluationModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -36,6 +35,9 @@ from peft_autoqra.search_setup import SearchInputs, SearchSetup, load_model, loa
 from peft_autoqra.trial import Evaluator, Trial, TrialResult
 from peft_autoqra.trial_log import TrialLog
 
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
 LOG_FILE = "trials.jsonl"
 EXPLORING_SHARE = 0.7  # of max_seconds; the rest is for confirming what was found
 CALIBRATION_FOLDER = "calibration"
@@ -46,9 +48,10 @@ class AutoQRASearcher:
 
     Importance is measured on calibration data and allocated exactly; an evolutionary and a Bayesian stage improve on
     that with short SFTTrainer runs; the best plans and the baselines (uniform 4-bit QLoRA among them, where it fits
-    the budget) are confirmed with further seeds. The winner is the plan with the least held-out loss (or
-    loss of another objective), or a simpler one that it is not better than beyond the 95% interval. All of it costs at
-    most ``max_cost`` full fine-tunes. Every trial is on disk when it ends: the same call after a crash goes on where the last one stopped, and asks for
+    the budget) are confirmed with further seeds. The winner is the plan with the least held-out loss (or loss of
+    another objective), or a simpler one that it is not better than beyond the 95% interval. All of it costs at most
+    ``max_cost`` full fine-tunes.
+    Every trial is on disk when it ends: the same call after a crash goes on where the last one stopped, and asks for
     the same trials in the same order. With a scheduler of your own use :meth:`ask` and :meth:`tell` instead of
     :meth:`run`.
 

@@ -12,7 +12,7 @@ import pytest
 from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher, BitRankPlan
 from peft_autoqra.commands.search import result_text
 from peft_autoqra.errors import EvaluationError, SearchStateError
-from peft_autoqra.evaluation.metric_objective import GENERATED_TOKEN
+from peft_autoqra.evaluation.objective import GENERATED_TOKEN
 from peft_autoqra.evaluation.sft import mean_length
 from tests.evaluation.harness_task import write_task
 from tests.evaluation.tiny_questions import questions

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_autoqra.errors import EvaluationError, MissingDependencyError
 from peft_autoqra.evaluation.jackknife import example_values
-from peft_autoqra.evaluation.metric_objective import GENERATED_TOKEN
-from peft_autoqra.evaluation.objective import HeldOutExamples, Score
+from peft_autoqra.evaluation.objective import GENERATED_TOKEN, HeldOutExamples, Score
 from peft_autoqra.objective_info import ObjectiveInfo
 
 PREFIX = "lm_eval:"

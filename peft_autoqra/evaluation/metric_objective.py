@@ -17,13 +17,9 @@ from peft_autoqra.evaluation.answers import generated_texts, likeliest_choices
 from peft_autoqra.evaluation.builtin_metrics import BUILTIN_METRICS
 from peft_autoqra.evaluation.completions import Completion, Tokenizing, read_completions, with_choices
 from peft_autoqra.evaluation.jackknife import example_values
-from peft_autoqra.evaluation.objective import HeldOutExamples, Score
+from peft_autoqra.evaluation.objective import GENERATED_TOKEN, MAX_NEW_TOKENS, HeldOutExamples, Score
 from peft_autoqra.objective_info import ObjectiveInfo
 
-MAX_NEW_TOKENS = 32
-GENERATED_TOKEN = 6.0
-"""Scored tokens that a generated one costs: its matrix products are as many, but small. Measured on a CPU with a Llama
-of 8 layers and 8 prompts at a time: 5.8 to 6.7."""
 COST_SAMPLE = 1000
 
 _LESS_IS_BETTER = frozenset({"wer", "cer", "ter", "mse", "mae", "perplexity", "brier_score"})

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from evaluate import EvaluationModule
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_autoqra.errors import EvaluationError
 from peft_autoqra.evaluation.harness_tasks import PREFIX, TaskObjective
-from peft_autoqra.evaluation.metric_objective import MAX_NEW_TOKENS, MetricObjective
-from peft_autoqra.evaluation.objective import HeldOutExamples, Objective, Score
+from peft_autoqra.evaluation.objective import MAX_NEW_TOKENS, HeldOutExamples, Objective, Score
 from peft_autoqra.objective_info import ObjectiveInfo
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
 
 LOSS = "loss"
 ExampleLosses = Callable[[nn.Module, PreTrainedTokenizerBase, Dataset], Sequence[float]]
@@ -38,14 +39,23 @@ def make_objective(
         EvaluationError: no such metric or task.
         MissingDependencyError: lm-evaluation-harness is needed and not installed.
     """
-    if isinstance(wanted, EvaluationModule):
-        return MetricObjective(wanted, max_new_tokens=max_new_tokens)
-    if isinstance(wanted, str):
-        return _by_name(wanted, max_new_tokens)
+    if wanted == LOSS:
+        return None
+    if isinstance(wanted, str) and wanted.startswith(PREFIX):
+        return TaskObjective(*_split(wanted.removeprefix(PREFIX)))
     if hasattr(wanted, "score"):
         return wanted  # type: ignore[return-value]
     if callable(wanted):
         return FunctionObjective(wanted)
+    # It takes a second to import, and most searches need no metric.
+    from evaluate import EvaluationModule  # noqa: PLC0415
+
+    from peft_autoqra.evaluation.metric_objective import MetricObjective  # noqa: PLC0415
+
+    if isinstance(wanted, str):
+        return MetricObjective.named(*_split(wanted), max_new_tokens)
+    if isinstance(wanted, EvaluationModule):
+        return MetricObjective(wanted, max_new_tokens=max_new_tokens)
     raise EvaluationError(f"objective={wanted!r} is no name, metric, function or objective.")
 
 
@@ -94,15 +104,6 @@ class FunctionObjective:
                 "loss for each."
             )
         return Score(sum(values) / len(values), values)
-
-
-def _by_name(name: str, max_new_tokens: int) -> Objective | None:
-    if name == LOSS:
-        return None
-    if name.startswith(PREFIX):
-        return TaskObjective(*_split(name.removeprefix(PREFIX)))
-    path, key = _split(name)
-    return MetricObjective.named(path, key, max_new_tokens)
 
 
 def _split(name: str) -> tuple[str, str | None]:

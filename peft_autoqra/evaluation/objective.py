@@ -11,6 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_autoqra.objective_info import ObjectiveInfo
 
+MAX_NEW_TOKENS = 32
+GENERATED_TOKEN = 6.0
+"""Scored tokens that a generated one costs: its matrix products are as many, but small. Measured on a CPU with a Llama
+of 8 layers and 8 prompts at a time: 5.8 to 6.7."""
+
 
 @dataclass(frozen=True)
 class HeldOutExamples:

@@ -12,9 +12,9 @@ from peft_autoqra.errors import EvaluationError
 from peft_autoqra.evaluation.answers import generated_texts, likeliest_choices
 from peft_autoqra.evaluation.builtin_metrics import ExactMatch
 from peft_autoqra.evaluation.completions import Tokenizing, read_completions, with_choices
-from peft_autoqra.evaluation.metric_objective import GENERATED_TOKEN, MetricObjective
+from peft_autoqra.evaluation.metric_objective import MetricObjective
 from peft_autoqra.evaluation.named_objective import make_objective
-from peft_autoqra.evaluation.objective import HeldOutExamples
+from peft_autoqra.evaluation.objective import GENERATED_TOKEN, HeldOutExamples
 from tests.evaluation.tiny_questions import DISTANCE_SCRIPT, F1_SCRIPT, questions, write_script
 from tests.tiny_data import word_tokenizer
 
