@@ -51,3 +51,7 @@ class MissingDependencyError(AutoQRAError, RuntimeError):
 
 class ExportError(AutoQRAError, ValueError):
     """An adapter or plan that another format cannot hold, or a folder that an export must not replace."""
+
+
+class EvaluationError(AutoQRAError, ValueError):
+    """A metric or task that does not exist, or data that a model cannot be judged by."""

@@ -89,6 +89,8 @@ class PlanCard:
             rows["memory budget"] = f"{format_bytes(known['budget_bytes'])} ({known.get('budget_scope')})"
         if _is_number(known.get("held_out_loss")):
             rows["held-out loss in the search"] = f"{known['held_out_loss']:.4f} after {known.get('steps')} steps"
+        if _is_number(known.get("objective_value")):
+            rows["chosen for"] = f"{known.get('objective')}: {known['objective_value']:.4f}"
         if known.get("origin"):
             rows["found by"] = str(known["origin"])
         if self.fingerprint:

@@ -1,4 +1,4 @@
-"""Paired comparison of two plans: the same held-out sequences, the same training seeds."""
+"""Paired comparison of two plans or models: the same held-out sequences, the same training seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """Difference of two plans' held-out losses, nats per token, sequences counting alike; below 0 favours the first.
+    """Difference of two plans' losses, sequences counting alike; below 0 favours the first.
 
     Attributes:
         mean: over sequences and seeds.
@@ -61,7 +61,7 @@ def paired_difference(first: Sequence[Sequence[float]], second: Sequence[Sequenc
     With one seed the second term is unknown and left out, so the interval is about other data, not other seeds.
 
     Args:
-        first: losses of the first plan, ``[num_seeds, num_sequences]``, nats per token.
+        first: losses of the first plan, ``[num_seeds, num_sequences]``, in any unit.
         second: of the second, the same seeds and sequences.
 
     Raises:

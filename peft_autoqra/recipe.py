@@ -76,12 +76,49 @@ class DataArguments:
         """
         if self.dataset_name and self.train_file:
             raise RecipeError("Give dataset_name or train_file, not both.")
-        if self.eval_file and not self.train_file:
-            raise RecipeError("eval_file needs a train_file beside it.")
         if self.test_split_size is not None and not 0 < self.test_split_size < 1:
             raise RecipeError(f"test_split_size={self.test_split_size} must be a fraction between 0 and 1.")
         if self.test_split_size is not None and self.eval_file:
             raise RecipeError("Give eval_file or test_split_size, not both.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationArguments:
+    """What a model is judged by; names of the tasks' settings as in lm-evaluation-harness.
+
+    Attributes:
+        metric: ``"accuracy"``, ``"exact_match"``, paths of metric scripts, or names on the hub.
+        tasks: of lm-evaluation-harness, or paths of YAML files, separated by commas.
+        num_fewshot: examples before each question of a task; None takes the task's own.
+        apply_chat_template: put the questions of tasks as the model's chat template has them.
+        limit: held-out examples, and examples of each task, at most; None for all.
+        max_new_tokens: of texts that the model writes for a metric.
+        baseline: another model, which the first is compared with example by example.
+        output_file: where the figures are written, too.
+    """
+
+    metric: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Metrics beside the loss: accuracy, exact_match, METRIC.py, or of the hub."},
+    )
+    tasks: str | None = field(default=None, metadata={"help": "Of lm-evaluation-harness, or YAML files: A,B."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each question of a task."})
+    apply_chat_template: bool = field(default=False, metadata={"help": "Put tasks as the chat template has them."})
+    limit: int | None = field(default=None, metadata={"help": "Examples at most; all by default."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Tokens of a text written for a metric, at most."})
+    baseline: str | None = field(default=None, metadata={"help": "Another model to compare with."})
+    output_file: str | None = field(default=None, metadata={"help": "Write the figures there as JSON, too."})
+
+    def __post_init__(self) -> None:
+        """Check counts.
+
+        Raises:
+            RecipeError: a count that is out of its range.
+        """
+        for name, least in (("limit", 2), ("max_new_tokens", 1), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RecipeError(f"{name}={value} must be at least {least}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,6 +82,8 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
     Raises:
         RecipeError: no data set is named, one is not there or empty, or nothing is held out.
     """
+    if data.eval_file and not data.train_file:
+        raise RecipeError("eval_file needs a train_file beside it.")
     if data.train_file is None and data.dataset_name is None:
         raise RecipeError("No data: give --train_file FILE or --dataset_name ID_OR_FOLDER.")
     train = _load_file(data.train_file) if data.train_file else _load_split(data, data.dataset_train_split)
@@ -95,6 +97,25 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
             "No held-out data: give --eval_file FILE, or --test_split_size 0.1 to hold out a tenth of train_file."
         )
     return train, _load_file(data.eval_file) if data.eval_file else _load_split(data, data.dataset_test_split)
+
+
+def load_eval_dataset(data: DataArguments, seed: int) -> Dataset:
+    """The held-out data of :func:`load_datasets`, which needs no training data if it is named by itself.
+
+    Args:
+        data: what to load.
+        seed: of the split, where part of the training data is held out.
+
+    Raises:
+        RecipeError: no data set is named, or one is not there or empty.
+    """
+    if data.eval_file:
+        return _load_file(data.eval_file)
+    if data.test_split_size is None and data.dataset_name:
+        return _load_split(data, data.dataset_test_split)
+    if data.train_file is None and data.dataset_name is None:
+        raise RecipeError("No data: give --eval_file FILE or --dataset_name ID_OR_FOLDER.")
+    return load_datasets(data, seed)[1]
 
 
 def _model_name(model_args: ModelArguments) -> str:

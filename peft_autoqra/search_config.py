@@ -23,6 +23,10 @@ class SearchArguments:
         group_size: weights that share a quantization scale.
         quantizer: ``"native"``, or ``"gptq"``: loses less, but plan and adapter carry the quantized weights.
         num_calibration_sequences: training sequences that importance is measured on.
+        objective: what is minimized, or maximized where greater is better: ``"loss"`` (held-out), ``"accuracy"``,
+            ``"exact_match"``, the path or hub name of an `evaluate` metric, or ``"lm_eval:TASK"``; see
+            :func:`~peft_autoqra.evaluation.named_objective.make_objective`.
+        max_new_tokens: of texts that the model writes for a metric.
         num_eval_sequences: held-out sequences that a trial is scored on, at most; fewer where scoring would cost more
             than training.
         max_cost: what the search may cost, calibration included, in units of one full fine-tune with the recipe
@@ -73,6 +77,11 @@ class SearchArguments:
     num_calibration_sequences: int = field(
         default=64, metadata={"help": "Number of training sequences for calibration."}
     )
+    objective: str = field(
+        default="loss",
+        metadata={"help": "What decides: loss, accuracy, exact_match, METRIC.py, a hub metric or lm_eval:TASK."},
+    )
+    max_new_tokens: int = field(default=32, metadata={"help": "Tokens of a text written for a metric, at most."})
     num_eval_sequences: int = field(default=64, metadata={"help": "Number of held-out sequences that score a trial."})
     max_cost: float = field(
         default=1.0, metadata={"help": "What the search may cost, in full fine-tunes, calibration included."}
@@ -107,7 +116,8 @@ class SearchArguments:
         for name in ("bit_choices", "rank_choices"):
             if not all(_is_integer(choice) for choice in getattr(self, name)):
                 raise InvalidPlanError(f"{name}={getattr(self, name)} must hold integers.")
-        for name in ("num_calibration_sequences", "num_eval_sequences", "num_seeds", "lora_alpha"):
+        counts = ("num_calibration_sequences", "num_eval_sequences", "num_seeds", "lora_alpha", "max_new_tokens")
+        for name in counts:
             self._require(name, 1)
         if self.max_trials is not None:
             self._require("max_trials", 1)

@@ -29,7 +29,8 @@ class SearchCosts:
     Attributes:
         full_steps: optimizer steps of the full fine-tune.
         step_tokens: tokens of one step on average.
-        eval_tokens: tokens of one held-out sequence on average.
+        eval_tokens: tokens that scoring one held-out sequence passes forward on average, those of an objective other
+            than the held-out loss included.
         calibration_tokens: tokens that are calibrated on.
         fit_tokens: training tokens that cost as much as fitting all modules at all bit-widths.
     """

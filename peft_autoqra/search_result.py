@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_autoqra.memory import MemoryBudget
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.paired import PairedDifference
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_points import BEST_SEARCHED, POINTS, WINNER, PlanPoint, pareto_front
@@ -38,19 +39,24 @@ class ComparedPlan:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Held-out loss of every seed, nats per token; empty where one failed."""
+        """Loss of every seed, in the objective's unit; empty where one failed."""
         losses = tuple(trial.loss for trial in self.trials if trial.loss is not None)
         return losses if len(losses) == len(self.trials) else ()
 
     @property
     def loss(self) -> float | None:
-        """Mean over the seeds, nats per token; None where one failed."""
+        """Mean over the seeds; None where one failed."""
         return statistics.fmean(self.losses) if self.losses else None
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds, nats per token; None with fewer than two."""
+        """Standard deviation over the seeds; None with fewer than two."""
         return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+
+    def metric(self, name: str) -> float | None:
+        """Mean over the seeds of a figure beside the loss; None where it was not taken."""
+        found = [trial.result.metrics[name] for trial in self.trials if trial.result and name in trial.result.metrics]
+        return statistics.fmean(found) if found else None
 
     def minus(self, other: ComparedPlan) -> PairedDifference | None:
         """Paired difference of the losses over common seeds; None where one failed."""
@@ -79,6 +85,7 @@ class SearchResult:
         best_searched: the searched plan with the least loss, winner or not; None where none was tried.
         num_searched: searched plans at the last fidelity, from which it was chosen.
         spending: JSON-ready fidelities, their costs, and what each stage was given.
+        objective: what losses are of.
     """
 
     plan: BitRankPlan
@@ -94,6 +101,7 @@ class SearchResult:
     best_searched: ComparedPlan | None = None
     num_searched: int = 1
     spending: Mapping[str, Any] = field(default_factory=dict)
+    objective: ObjectiveInfo = HELD_OUT_LOSS
 
     @property
     def best_baseline(self) -> str | None:
@@ -134,9 +142,11 @@ class SearchResult:
         name, margin = self.best_baseline, self.margin
         if margin is None:
             return "There was no searched plan to compare with the baselines at the last fidelity."
-        low, high = margin.bounds(self.num_searched)
+        sign = self.objective.sign
+        low, high = sorted(sign * bound for bound in margin.bounds(self.num_searched))
         interval = f"95% interval {low:+.4f} to {high:+.4f}, best of {self.num_searched} searched plans"
-        figures = f"{margin.mean:+.4f} nats per token, {interval}, {margin.num_seeds} seeds"
+        unit = self.objective.unit or self.objective.name
+        figures = f"{sign * margin.mean:+.4f} {unit}, {interval}, {margin.num_seeds} seeds"
         if not margin.is_better(self.num_searched):
             return f"No margin of the search over the best baseline, {name} ({figures}): the baseline is the answer."
         return f"The search beats the best baseline, {name} ({figures}). {self._stability(margin)}"
@@ -158,6 +168,7 @@ class SearchResult:
     def summary(self) -> dict[str, Any]:
         """JSON-ready figures."""
         return {
+            "objective": self.objective.to_dict(),
             "winner": compared_summary(self.winner),
             "baselines": {name: self._baseline_summary(compared) for name, compared in self.baselines.items()},
             "best_searched": self._baseline_summary(self.best_searched) if self.best_searched else None,
@@ -197,6 +208,7 @@ def compared_summary(compared: ComparedPlan) -> dict[str, Any]:
         "number": trial.number,
         "origin": trial.origin,
         "loss": compared.loss,
+        "held_out_loss": compared.loss if (known := compared.metric("held_out_loss")) is None else known,
         "seed_losses": compared.losses,
         "steps": trial.fidelity.num_steps,
         "learning_rate_factor": trial.fidelity.learning_rate_factor,

@@ -36,7 +36,13 @@ class SearchSession:
         """Take over what the log holds."""
         self.setup, self.problem, self.ladder, self.log = setup, problem, ladder, log
         self.external = external_plans(setup)
-        self.engine = SearchEngine(problem, ladder.spending, baselines=tuple(self.external), seed=setup.config.seed)
+        self.engine = SearchEngine(
+            problem,
+            ladder.spending,
+            baselines=tuple(self.external),
+            seed=setup.config.seed,
+            in_nats=setup.objective is None,
+        )
         self._requests: list[Request] = []
         self._plans: dict[Arm, BitRankPlan] = {}
         self._waiting: list[int] = []

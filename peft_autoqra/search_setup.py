@@ -19,8 +19,10 @@ from trl import SFTConfig
 
 from peft_autoqra.dense_layers import DenseLayer, dense_shape, dense_weight
 from peft_autoqra.errors import CalibrationError, UnreachableBudgetError
+from peft_autoqra.evaluation.named_objective import LOSS
+from peft_autoqra.evaluation.objective import Objective
 from peft_autoqra.evaluation.resident_model import ResidentModel
-from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator
+from peft_autoqra.evaluation.sft import SFTData, SFTEvaluator, mean_length
 from peft_autoqra.fingerprint import fingerprint_weights
 from peft_autoqra.granularity import Granularity, build_search_space
 from peft_autoqra.importance.calibration import MAX_GRAM_FEATURES, CalibrationOptions, calibration_fingerprint
@@ -29,6 +31,7 @@ from peft_autoqra.importance.module_fit import FitSettings
 from peft_autoqra.importance.rank_demand import rank_demand
 from peft_autoqra.memory import MemoryBudget, MemoryModel, resolve_budget
 from peft_autoqra.memory_estimate import MemoryScope
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.quant.backends import make_backend
 from peft_autoqra.search_config import AutoQRASearchConfig
@@ -51,12 +54,10 @@ _NO_SETTINGS = ("output_dir", "cache_dir", "resume", "materialize", "max_seconds
 NUM_BASELINES = 3
 """Exact allocation, best uniform plan, uniform 4-bit QLoRA."""
 
-LENGTH_SAMPLE = 1000
-
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """What the user gives."""
+    """What the user gives, and the objective that it names; None is the held-out loss."""
 
     model: PreTrainedModel
     args: SFTConfig
@@ -64,6 +65,7 @@ class SearchInputs:
     eval_dataset: Dataset
     processing_class: PreTrainedTokenizerBase | None
     config: AutoQRASearchConfig
+    objective: Objective | None = None
 
 
 class SearchSetup:
@@ -82,6 +84,7 @@ class SearchSetup:
         """Check the budget before the data is touched."""
         config = inputs.config
         self.config, self.args = config, inputs.args
+        self.objective = inputs.objective
         targets = config.target_modules or "all-linear"
         self.model = inputs.model
         self.linears: dict[str, DenseLayer] = linear_targets(inputs.model, targets)
@@ -123,15 +126,21 @@ class SearchSetup:
         args = self.args
         step_sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
         epoch_steps = max(1, len(self.data.train) // step_sequences)
-        lengths = {split: _mean_length(getattr(self.data, split)) for split in ("train", "held_out")}
+        lengths = {split: mean_length(getattr(self.data, split)) for split in ("train", "held_out")}
+        judged = self.objective.tokens_per_example(self.data.examples) if self.objective else 0.0
         num_calibrated = min(self.config.num_calibration_sequences, len(self.data.train))
         return SearchCosts(
             full_steps=args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs),
             step_tokens=step_sequences * lengths["train"],
-            eval_tokens=lengths["held_out"],
+            eval_tokens=lengths["held_out"] + judged,
             calibration_tokens=num_calibrated * lengths["train"],
             fit_tokens=fit_tokens(map(dense_shape, self.linears.values()), len(self.bank_settings.bit_choices)),
         )
+
+    @property
+    def objective_info(self) -> ObjectiveInfo:
+        """What is minimized."""
+        return self.objective.info if self.objective else HELD_OUT_LOSS
 
     def ladder(self) -> Ladder:
         """Fidelities of the trials, and how many of each.
@@ -195,6 +204,7 @@ class SearchSetup:
             self.args,
             self.config.lora_alpha,
             max_trial_seconds=self.config.max_trial_seconds,
+            objective=self.objective,
         )
 
     def searched_plan(self, candidate: Candidate) -> BitRankPlan:
@@ -219,6 +229,7 @@ class SearchSetup:
         return {
             **settings,
             **recipe,
+            "objective": self.objective.identity if self.objective else LOSS,
             "budget_bytes": self.budget.limit_bytes,
             "model": self.base_model.fingerprint,
             "calibration": self.bank_settings.fingerprint(self.statistics_fingerprint),
@@ -238,12 +249,6 @@ def calibration_bytes(linears: Mapping[str, DenseLayer], settings: BankSettings)
             bank += sum(backend.num_bytes(out_features, in_features, bits, name))
             bank += 2 * min(rank, out_features, in_features) * (out_features + in_features)
     return bank, statistics
-
-
-def _mean_length(dataset: Dataset) -> float:
-    """Tokens of a prepared sequence, on average over the first thousand."""
-    rows = dataset.select(range(min(LENGTH_SAMPLE, len(dataset))))
-    return sum(map(len, rows["input_ids"])) / len(rows)
 
 
 def _digest(dataset: Dataset) -> str:

@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from peft_autoqra.errors import SearchStateError
+from peft_autoqra.evaluation.named_objective import ExampleLosses, make_objective
+from peft_autoqra.evaluation.objective import Objective
 from peft_autoqra.executors.executor import TrialExecutor
 from peft_autoqra.executors.futures_executor import FuturesExecutor
 from peft_autoqra.executors.in_process import InProcessExecutor
@@ -24,6 +27,7 @@ from peft_autoqra.executors.worker_source import WorkerSource
 from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
 from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.progress_bar import ProgressBar
 from peft_autoqra.progress_log import ProgressLog
@@ -41,6 +45,9 @@ from peft_autoqra.search_tracker import SearchTracker
 from peft_autoqra.trial import Evaluator, Trial, TrialResult
 from peft_autoqra.trial_log import TrialLog
 
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
 LOG_FILE = "trials.jsonl"
 CALIBRATION_FOLDER = "calibration"
 
@@ -50,8 +57,9 @@ class AutoQRASearcher:
 
     Importance is measured on calibration data and allocated exactly; an evolutionary and a Bayesian stage improve on
     that with short SFTTrainer runs; the best plans and the baselines (uniform 4-bit QLoRA among them, where it fits
-    the budget) are confirmed with further seeds. The winner is the plan with the lowest held-out loss, or a simpler
-    one that it is not better than beyond the 95% interval. All of it costs at most ``max_cost`` full fine-tunes.
+    the budget) are confirmed with further seeds. The winner is the plan with the least held-out loss (or loss of
+    another objective), or a simpler one that it is not better than beyond the 95% interval. All of it costs at most
+    ``max_cost`` full fine-tunes.
     Every trial is on disk when it ends: the same call after a crash goes on where the last one stopped, and asks for
     the same trials in the same order. With a scheduler of your own use :meth:`ask` and :meth:`tell` instead of
     :meth:`run`.
@@ -66,6 +74,10 @@ class AutoQRASearcher:
         search_config: what to search and how much to spend.
         show_progress: show progress bars, on terminals and in notebooks; ``disable_tqdm`` of the recipe goes before.
         callbacks: are told what happens in :meth:`run`.
+        show_progress: show progress bars.
+        objective: what is minimized in place of ``search_config.objective``: a metric of the `evaluate` library, a
+            function of model, tokenizer and examples that gives a loss for each example, or an
+            :class:`~peft_autoqra.evaluation.objective.Objective`.
 
     Raises:
         InvalidPlanError: choices, modules or optimizer that cannot be planned.
@@ -73,9 +85,11 @@ class AutoQRASearcher:
         CalibrationError: empty data.
         MissingDependencyError: a tracker of ``report_to`` that is not installed.
         RecipeError: one that transformers does not know.
+        EvaluationError: an objective that does not exist, or that ``eval_dataset`` does not suffice for.
+        MissingDependencyError: an objective that needs a package which is not installed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a trainer takes, and what a search adds to it
         self,
         model: str | PreTrainedModel,
         *,
@@ -86,10 +100,14 @@ class AutoQRASearcher:
         processing_class: PreTrainedTokenizerBase | None = None,
         show_progress: bool = True,
         callbacks: Sequence[SearchCallback] = (),
+        objective: Objective | EvaluationModule | ExampleLosses | None = None,
     ) -> None:
         """Check settings and prepare data; nothing long runs yet."""
         self.config = search_config or AutoQRASearchConfig()
         integrations = make_integrations(args.report_to)
+        judge = make_objective(objective or self.config.objective, max_new_tokens=self.config.max_new_tokens)
+        if judge is not None:
+            judge.check(eval_dataset)  # before a model is loaded
         self.setup = SearchSetup(
             SearchInputs(
                 model=load_model(model, args),
@@ -98,6 +116,7 @@ class AutoQRASearcher:
                 eval_dataset=eval_dataset,
                 processing_class=processing_class or load_tokenizer(model),
                 config=self.config,
+                objective=judge,
             )
         )
         self._show_progress = show_progress and not args.disable_tqdm
@@ -237,6 +256,7 @@ class AutoQRASearcher:
             best_searched=self._compared(session.best_searched()),
             num_searched=session.engine.num_searched,
             spending=session.ladder.to_dict(),
+            objective=self.setup.objective_info,
         )
         result = replace(result, plan=result.described_plan())
         result.save(self.output_dir)
@@ -284,6 +304,7 @@ class AutoQRASearcher:
             full_steps=setup.costs.full_steps,
             max_cost=self.config.max_cost,
             full_seconds=setup.costs.full_steps * _step_seconds(setup),
+            objective=setup.objective_info,
         )
 
     @property
@@ -298,7 +319,7 @@ class AutoQRASearcher:
             provenance={
                 "peft_autoqra": version("peft-autoqra"),
                 "origin": winner.first.origin,
-                "held_out_loss": winner.loss,
+                **self._figures(winner),
                 "steps": winner.first.fidelity.num_steps,
                 "learning_rate_factor": winner.first.fidelity.learning_rate_factor,
                 "lora_alpha": self.config.lora_alpha,
@@ -307,6 +328,14 @@ class AutoQRASearcher:
                 "search": self.setup.identity(),
             }
         )
+
+    def _figures(self, winner: ComparedPlan) -> dict[str, Any]:
+        """Of the plan's record: its held-out loss, and what it was chosen for where that is another figure."""
+        info = self.setup.objective_info
+        if self.setup.objective is None:
+            return {"held_out_loss": winner.loss}
+        figures = {"objective": info.name, "objective_value": winner.metric(info.name)}
+        return {"held_out_loss": winner.metric("held_out_loss"), **figures}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +360,7 @@ class SearchEstimate:
         full_steps: of one full fine-tune.
         max_cost: of the search, calibration included, in units of one full fine-tune.
         full_seconds: estimated time of one full fine-tune on the unquantized model.
+        objective: what trials are scored by.
     """
 
     budget_bytes: int
@@ -341,6 +371,7 @@ class SearchEstimate:
     full_steps: int
     max_cost: float
     full_seconds: float
+    objective: ObjectiveInfo = HELD_OUT_LOSS
 
 
 def _pareto_front(trials: list[Trial]) -> tuple[Trial, ...]:

@@ -43,10 +43,12 @@ class TrialResult:
 
     Attributes:
         status: a failed trial has an error and no loss.
-        loss: held-out loss, nats per token; None when failed.
-        sequence_losses: loss of each held-out sequence in order, for paired comparisons.
+        loss: held-out loss, nats per token; of a search with another objective that figure, or its negative where
+            greater is better; None when failed.
+        sequence_losses: loss of each held-out sequence in order, for paired comparisons; of another objective the
+            values whose mean is the loss.
         seconds: wall-clock time of the evaluation.
-        metrics: further figures.
+        metrics: further figures; with another objective its figure by its name, and ``"held_out_loss"``.
         error: what went wrong.
         ended_seconds: when it was told, on the wall clock of the search's trials, interruptions left out; None where
             nobody looked at one.
@@ -100,7 +102,7 @@ class Trial:
 
     @property
     def loss(self) -> float | None:
-        """Held-out loss, nats per token; None where there is none, or none yet."""
+        """Of its result (see :class:`TrialResult`); None where there is none, or none yet."""
         return self.result.loss if self.result is not None else None
 
     def to_dict(self) -> dict[str, Any]:

@@ -49,6 +49,18 @@ def demo_assets() -> DemoAssets:
 
 
 @pytest.fixture(scope="session")
+def metric_modules(tmp_path_factory) -> Path:
+    """Where `evaluate` puts scripts to import them; one folder for a process, which imports its package once."""
+    import evaluate.config  # noqa: PLC0415 - few tests need it
+
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.getbasetemp() / "metric_modules"
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", directory)
+        patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        yield directory
+
+
+@pytest.fixture(scope="session")
 def tiny_llama() -> TinyLlamaFactory:
     def make(*, seed: int = 0, **config_overrides: Any) -> LlamaForCausalLM:
         settings: dict[str, Any] = {

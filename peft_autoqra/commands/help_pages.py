@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from peft_autoqra.commands.command_parser import HelpFormatter, close_names
 from peft_autoqra.commands.recipe_flags import Topic, recipe_parser_for_help
-from peft_autoqra.commands.registry import COMMANDS, RECIPE_USAGE, Command
+from peft_autoqra.commands.registry import COMMANDS, Command
 from peft_autoqra.errors import UsageError
 
 ALL = "all"
@@ -135,7 +135,7 @@ def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGro
 def _first_page(name: str, command: Command) -> str:
     parser = _recipe_parser(command)
     formatter = HelpFormatter(prog=f"autoqra {name}")
-    formatter.add_usage(f"autoqra {name} {RECIPE_USAGE}", [], [])
+    formatter.add_usage(f"autoqra {name} {command.usage}", [], [])
     formatter.add_text(command.description)
     actions = {action.dest: action for action in parser._actions}
     formatter.start_section("most used")

@@ -18,14 +18,17 @@ from trl import SFTConfig, TrlParser
 
 from peft_autoqra.commands.command_parser import HelpFormatter, close_names
 from peft_autoqra.commands.recipe_flags import CommandOptions
-from peft_autoqra.commands.registry import COMMANDS, RECIPE_USAGE
+from peft_autoqra.commands.registry import COMMANDS
 from peft_autoqra.errors import UsageError
 from peft_autoqra.executors.arguments import ExecutorArguments
-from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments, RecipeError
+from peft_autoqra.recipe import AdapterArguments, DataArguments, EvaluationArguments, ModelArguments, RecipeError
 from peft_autoqra.search_config import SearchArguments
 
 RECIPE_FILE = "recipe.yaml"
-RECIPE_TYPES = (ModelArguments, DataArguments, SearchArguments, ExecutorArguments, AdapterArguments, SFTConfig)
+RECIPE_TYPES = (
+    *(ModelArguments, DataArguments, SearchArguments, ExecutorArguments, AdapterArguments, EvaluationArguments),
+    SFTConfig,
+)
 """One recipe serves all commands; each takes its own settings from it."""
 
 _SECRET_FIELDS = ("hub_token", "push_to_hub_token")
@@ -65,7 +68,7 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         super().__init__(
             [*(topic.arguments or SFTConfig for topic in command.topics), CommandOptions],
             prog=f"autoqra {name}",
-            usage=f"autoqra {name} {RECIPE_USAGE}",
+            usage=f"autoqra {name} {command.usage}",
             description=command.description,
             formatter_class=HelpFormatter,
             add_help=False,

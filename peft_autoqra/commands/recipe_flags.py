@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft_autoqra.commands.command_parser import add_common_flags
 from peft_autoqra.executors.arguments import ExecutorArguments
-from peft_autoqra.recipe import AdapterArguments, DataArguments, ModelArguments
+from peft_autoqra.recipe import AdapterArguments, DataArguments, EvaluationArguments, ModelArguments
 from peft_autoqra.search_config import SearchArguments
 
 
@@ -36,11 +36,13 @@ class Topic:
         name: as in ``autoqra search --help NAME``.
         summary: for the list of topics.
         arguments: dataclass whose fields are the flags; None for TRL's.
+        training_flags: of TRL's, those that are shown; empty for all that matter to a fine-tune.
     """
 
     name: str
     summary: str
     arguments: type | None
+    training_flags: tuple[str, ...] = ()
 
 
 MODEL = Topic(name="model", summary="the base model", arguments=ModelArguments)
@@ -50,7 +52,18 @@ WORKERS = Topic(
     name="workers", summary="who evaluates trials: this process, or a Ray cluster", arguments=ExecutorArguments
 )
 ADAPTER = Topic(name="adapter", summary="a plan, or the same bits and rank everywhere", arguments=AdapterArguments)
+FIGURES = Topic(name="figures", summary="metrics, benchmark tasks, a baseline", arguments=EvaluationArguments)
 FINE_TUNE = Topic(name="fine-tune", summary="the recipe: what matters most of TRL's SFTConfig", arguments=None)
+
+SCORING = Topic(
+    name="scoring",
+    summary="how held-out data is passed: what matters here of TRL's SFTConfig",
+    arguments=None,
+    training_flags=(
+        "per_device_eval_batch_size", "max_length", "completion_only_loss", "dataset_text_field", "bf16", "use_cpu",
+        "seed",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ TRAINING_FLAGS: Mapping[str, TrainingFlag] = {
     "learning_rate": TrainingFlag("Highest learning rate, per optimizer step.", 2e-5, "X"),
     "lr_scheduler_type": TrainingFlag("How it falls: linear, cosine, constant, ...", "linear", "NAME"),
     "per_device_train_batch_size": TrainingFlag("Number of sequences per device and pass.", 8, "N"),
+    "per_device_eval_batch_size": TrainingFlag("Number of held-out sequences per device and pass.", 8, "N"),
     "gradient_accumulation_steps": TrainingFlag("Number of passes per optimizer step.", 1, "N"),
     "num_train_epochs": TrainingFlag("Number of epochs: passes over the training data.", 3.0, "X"),
     "max_steps": TrainingFlag("Number of optimizer steps in place of epochs; -1: epochs count.", -1, "N"),
@@ -101,7 +115,7 @@ def recipe_parser_for_help(topics: tuple[Topic, ...], output_dir: str) -> argpar
     for topic in topics:
         group = parser.add_argument_group(topic.name)
         if topic.arguments is None:
-            _add_training_flags(group)
+            _add_training_flags(group, topic.training_flags or tuple(TRAINING_FLAGS))
         else:
             add_flags(group, topic.arguments)
     own = parser.add_argument_group("options")
@@ -148,6 +162,7 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _add_training_flags(group: argparse._ArgumentGroup) -> None:
-    for name, flag in TRAINING_FLAGS.items():
+def _add_training_flags(group: argparse._ArgumentGroup, names: tuple[str, ...]) -> None:
+    for name in names:
+        flag = TRAINING_FLAGS[name]
         group.add_argument(f"--{name}", metavar=flag.metavar, default=flag.default, help=flag.help)

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from peft_autoqra.commands import folder_parsers
 from peft_autoqra.commands.command_parser import CommandParser
-from peft_autoqra.commands.recipe_flags import ADAPTER, DATA, FINE_TUNE, MODEL, SEARCH, WORKERS, Topic
+from peft_autoqra.commands.recipe_flags import (
+    ADAPTER,
+    DATA,
+    FIGURES,
+    FINE_TUNE,
+    MODEL,
+    SCORING,
+    SEARCH,
+    WORKERS,
+    Topic,
+)  # fmt: skip
 
 RECIPE_USAGE = "[--config RECIPE.yaml] [--FIELD VALUE ...]"
 
@@ -22,6 +32,7 @@ class Command:
         parser: of a command that takes no recipe.
         topics: of a command that takes one, in the order of its settings.
         most_used: flags on the first page of such a command.
+        usage: of such a command.
         output_dir: default of such a command.
         goes_on: whether the same command goes on after it was interrupted.
         is_light: whether it needs neither PEFT nor transformers, nor the method known to them, which takes seconds.
@@ -32,6 +43,7 @@ class Command:
     parser: Callable[[], CommandParser] | None = None
     topics: tuple[Topic, ...] = ()
     most_used: tuple[str, ...] = ()
+    usage: str = RECIPE_USAGE
     output_dir: str = ""
     goes_on: bool = False
     is_light: bool = False
@@ -56,6 +68,27 @@ COMMANDS: Mapping[str, Command] = {
         topics=(MODEL, DATA, ADAPTER, FINE_TUNE),
         most_used=(*_INPUTS, "plan", "bits", "r", "learning_rate", "max_length", *_OUTPUTS),
         output_dir="adapter",
+    ),
+    "evaluate": Command(
+        summary="judge a model by held-out loss, metrics and benchmark tasks; compare two",
+        description="Judge an adapter, a plan, a quantized base or any causal language model: held-out loss, metrics, "
+        "tasks of lm-evaluation-harness. --baseline compares it with another one, example by example.",
+        topics=(MODEL, DATA, FIGURES, SCORING),
+        usage="MODEL [--config RECIPE.yaml] [--FIELD VALUE ...]",
+        most_used=(
+            "eval_file",
+            "dataset_name",
+            "metric",
+            "tasks",
+            "baseline",
+            "limit",
+            "output_file",
+            "max_length",
+            "config",
+            "dry_run",
+            "json",
+        ),
+        output_dir="evaluation",
     ),
     "show": Command(
         summary="print a plan as a heat map, with its bytes by part",

@@ -14,6 +14,7 @@ from peft_autoqra.commands.searcher_recipe import read_searcher
 from peft_autoqra.commands.tables import memory_data, memory_table, text_table
 from peft_autoqra.executors.arguments import ExecutorArguments
 from peft_autoqra.executors.make_executor import make_executor
+from peft_autoqra.objective_info import HELD_OUT_LOSS
 from peft_autoqra.report import write_report
 from peft_autoqra.search_result import PLAN_FOLDER, ComparedPlan, SearchResult
 from peft_autoqra.searcher import SearchEstimate
@@ -86,7 +87,8 @@ def spending_text(estimate: SearchEstimate) -> str:
             f"The search costs at most {estimate.max_cost:g} full fine-tunes ({estimate.full_steps:,} steps each, "
             f"about {format_seconds(estimate.full_seconds)} here), calibration included:",
             text_table(("part", "number", "cost of one", "cost"), rows),
-            f"Trials are scored on {ladder.final.num_eval_sequences} held-out sequences. Together about "
+            f"Trials are scored by {estimate.objective.name} on {ladder.final.num_eval_sequences} held-out "
+            "sequences. Together about "
             f"{format_seconds(estimate.max_cost * estimate.full_seconds)}; what one stage leaves, others spend.",
         ]
     )
@@ -104,14 +106,28 @@ def result_text(result: SearchResult, directory: Path) -> str:
             f"{result.max_cost:g} full fine-tunes. Budget {format_bytes(result.budget.limit_bytes)} "
             f"({result.budget.scope}).{failed}",
             "",
-            text_table(("plan", "loss", "seeds", "winner - this", "training", "stored", "bits", "rank"), rows),
-            f"Loss: held-out, nats per token, after {result.winner.first.fidelity.num_steps} steps, mean over seeds; "
-            "below 0 favours the winner, with its 95% interval.",
+            text_table(
+                ("plan", _loss_column(result), "seeds", "winner - this", "training", "stored", "bits", "rank"), rows
+            ),
+            f"{_loss_meaning(result)} after {result.winner.first.fidelity.num_steps} steps, mean over seeds; "
+            f"{'above' if result.objective.greater_is_better else 'below'} 0 favours the winner, with its 95% "
+            "interval.",
             "",
             f"{result.verdict} The winner came from {result.winner.first.origin}.",
             f"plan    {directory / PLAN_FOLDER}",
         ]
     )
+
+
+def _loss_column(result: SearchResult) -> str:
+    return "loss" if result.objective == HELD_OUT_LOSS else result.objective.name
+
+
+def _loss_meaning(result: SearchResult) -> str:
+    if result.objective == HELD_OUT_LOSS:
+        return "Loss: held-out, nats per token,"
+    better = "more" if result.objective.greater_is_better else "less"
+    return f"{result.objective.name}: on held-out examples, {better} is better,"
 
 
 def _row(name: str, compared: ComparedPlan, result: SearchResult) -> list[str]:
@@ -122,9 +138,9 @@ def _row(name: str, compared: ComparedPlan, result: SearchResult) -> list[str]:
         scoped = {"training": format_bytes(memory.total_bytes), "stored": format_bytes(memory.stored_bytes)}
     return [
         name,
-        "failed" if compared.loss is None else f"{compared.loss:.4f}",
+        "failed" if compared.loss is None else f"{result.objective.sign * compared.loss:.4f}",
         str(len(compared.trials)),
-        _margin(compared, result.winner),
+        _margin(compared, result),
         scoped.get("training", "-"),
         scoped.get("stored", "-"),
         f"{trial.plan.average_bits:.2f}",
@@ -132,12 +148,13 @@ def _row(name: str, compared: ComparedPlan, result: SearchResult) -> list[str]:
     ]
 
 
-def _margin(compared: ComparedPlan, winner: ComparedPlan) -> str:
-    margin = winner.minus(compared)
-    if margin is None or compared.first == winner.first:
+def _margin(compared: ComparedPlan, result: SearchResult) -> str:
+    margin = result.winner.minus(compared)
+    if margin is None or compared.first == result.winner.first:
         return "-"
-    low, high = margin.interval
-    return f"{margin.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    sign = result.objective.sign
+    low, high = sorted(sign * bound for bound in margin.interval)
+    return f"{sign * margin.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _next_command(directory: Path) -> str:

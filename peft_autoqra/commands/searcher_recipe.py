@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from peft_autoqra.commands.parser import ParsedRecipe, RecipeParser
 from peft_autoqra.commands.recipe_flags import CommandOptions
+from peft_autoqra.evaluation.named_objective import make_objective
 from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
 from peft_autoqra.search_config import AutoQRASearchConfig
 from peft_autoqra.searcher import AutoQRASearcher
@@ -25,6 +26,9 @@ def read_searcher(command: str, argv: Sequence[str]) -> tuple[AutoQRASearcher, P
     recipe = RecipeParser(command).parse(argv)
     model_args, data_args, search_args, args, *_, options = recipe.settings
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
+    objective = make_objective(search_args.objective, max_new_tokens=search_args.max_new_tokens)
+    if objective is not None:
+        objective.check(eval_dataset)  # before the model is loaded
     searcher = AutoQRASearcher(
         load_base_model(model_args, args),
         train_dataset=train_dataset,
@@ -32,5 +36,6 @@ def read_searcher(command: str, argv: Sequence[str]) -> tuple[AutoQRASearcher, P
         args=args,
         search_config=AutoQRASearchConfig(**asdict(search_args), seed=args.seed, output_dir=args.output_dir),
         processing_class=load_processing_class(model_args, args),
+        objective=objective,
     )
     return searcher, recipe, options

@@ -20,10 +20,23 @@ class HeldOutLoss:
     Attributes:
         mean: over all predicted tokens.
         sequence_losses: mean over the tokens of each sequence, in order.
+        num_tokens: predicted tokens of each sequence.
     """
 
     mean: float
     sequence_losses: tuple[float, ...]
+    num_tokens: tuple[int, ...] = ()
+
+    @property
+    def weighted_losses(self) -> tuple[float, ...]:
+        """One value for each sequence; their mean is ``mean``, their spread tells its standard error.
+
+        The mean is a ratio of sums, ``sum(losses) / sum(tokens)``; these are its linearization (Cochran, Sampling
+        Techniques, 1977, section 2.11): ``mean + tokens_i / mean(tokens) * (loss_i - mean)``.
+        """
+        average = sum(self.num_tokens) / len(self.num_tokens)
+        pairs = zip(self.sequence_losses, self.num_tokens, strict=True)
+        return tuple(self.mean + count / average * (loss - self.mean) for loss, count in pairs)
 
 
 @torch.no_grad()
@@ -37,6 +50,16 @@ def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Hel
     Raises:
         CalibrationError: no token is predicted.
     """
+    sums, counts = summed_losses(model, batches)
+    if not any(counts):
+        raise CalibrationError("The held-out data holds no token to predict; give non-empty texts with labels.")
+    sequence_losses = tuple(total / max(count, 1) for total, count in zip(sums, counts, strict=True))
+    return HeldOutLoss(sum(sums) / sum(counts), sequence_losses, tuple(counts))
+
+
+@torch.no_grad()
+def summed_losses(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[list[float], list[int]]:
+    """Summed losses and numbers of predicted tokens of each sequence; see :func:`held_out_loss`."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -51,10 +74,7 @@ def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Hel
             counts += predicted.sum(1).tolist()
     finally:
         model.train(was_training)
-    if not any(counts):
-        raise CalibrationError("The held-out data holds no token to predict; give non-empty texts with labels.")
-    sequence_losses = tuple(total / max(count, 1) for total, count in zip(sums, counts, strict=True))
-    return HeldOutLoss(sum(sums) / sum(counts), sequence_losses)
+    return sums, counts
 
 
 def predicts_something(batch: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_autoqra.errors import CalibrationError, InvalidPlanError
 from peft_autoqra.evaluation.held_out import HeldOutLoss, held_out_loss, predicts_something
+from peft_autoqra.evaluation.objective import HeldOutExamples, Objective
 from peft_autoqra.evaluation.resident_model import ResidentModel
 from peft_autoqra.evaluation.shared_adapter import SharedAdapter
 from peft_autoqra.evaluation.supernet import Supernet
@@ -42,6 +43,7 @@ from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.dense_adapter import add_dense_adapter
 
 OnStep = Callable[[int, nn.Module], None]
+LENGTH_SAMPLE = 1000
 
 
 class SFTData:
@@ -96,6 +98,7 @@ class SFTData:
                 f"{args.dataset_text_field!r} (dataset_text_field), 'messages', 'prompt' and 'completion', or "
                 "'input_ids'."
             ) from error
+        self._given, self._max_length = eval_dataset, args.max_length
         self.train: Dataset = trainer.train_dataset
         self.held_out: Dataset = trainer.eval_dataset
         self.processing_class = trainer.processing_class
@@ -106,12 +109,28 @@ class SFTData:
         if not any(map(predicts_something, self._loader(self.held_out))):  # one batch, unless something is wrong
             raise CalibrationError("eval_dataset holds no token to predict; check completions, masks and max_length.")
 
+    @property
+    def examples(self) -> HeldOutExamples:
+        """The held-out data as it was given."""
+        return HeldOutExamples(
+            self._given, self.processing_class, self._batch_size, self._max_length, mean_length(self.held_out)
+        )
+
     def batches(self, dataset: Dataset, num_sequences: int) -> list[Mapping[str, Any]]:
         """The first sequences of a prepared data set, collated in order."""
         return list(self._loader(dataset.select(range(min(num_sequences, len(dataset))))))
 
     def _loader(self, dataset: Dataset) -> DataLoader[Any]:
         return DataLoader(dataset, batch_size=self._batch_size, collate_fn=self._collate)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A trial's result without what is known outside of it."""
+
+    loss: float
+    sequence_losses: tuple[float, ...]
+    metrics: dict[str, float]
 
 
 class SFTEvaluator:
@@ -131,6 +150,7 @@ class SFTEvaluator:
         lora_alpha: of the adapters' scaling (:mod:`~peft_autoqra.tuner.rank_scaling`).
         shared_plans: what a supernet is trained under; needed for fidelities with ``shared_steps`` alone.
         max_trial_seconds: a trial that takes longer is stopped and has failed; None is no limit.
+        objective: what the loss of a trial is of; None is the held-out loss, which is in ``metrics`` otherwise.
 
     Raises:
         InvalidPlanError: ``max_trial_seconds`` is not above 0.
@@ -146,8 +166,10 @@ class SFTEvaluator:
         shared_plans: Sequence[BitRankPlan] = (),
         *,
         max_trial_seconds: float | None = None,
+        objective: Objective | None = None,
     ) -> None:
         """Nothing is evaluated yet."""
+        self._objective = objective
         if max_trial_seconds is not None and not max_trial_seconds > 0:
             raise InvalidPlanError(f"max_trial_seconds={max_trial_seconds} must be above 0, or None for no limit.")
         self._resident, self._data, self._bank, self._args = resident, data, bank, args
@@ -165,18 +187,16 @@ class SFTEvaluator:
             if fidelity.shared_steps:
                 metrics = self._train_supernet(fidelity)
             with left_as_it_was(self._resident.model):  # outside of the limit, which could cut its clean-up short
-                loss = call_within(self._max_trial_seconds, lambda: self._loss(plan, fidelity))
-            if not math.isfinite(loss.mean):
-                raise ArithmeticError(f"the held-out loss is {loss.mean}")
+                scored = call_within(self._max_trial_seconds, lambda: self._scored(plan, fidelity))
         except Exception as error:
             message = self._description(error)
             return TrialResult(status=TrialStatus.FAILED, seconds=time.perf_counter() - start, error=message)
         return TrialResult(
             status=TrialStatus.COMPLETED,
             seconds=time.perf_counter() - start,
-            loss=loss.mean,
-            sequence_losses=loss.sequence_losses,
-            metrics=metrics,
+            loss=scored.loss,
+            sequence_losses=scored.sequence_losses,
+            metrics=metrics | scored.metrics,
         )
 
     def learning_curve(
@@ -191,7 +211,10 @@ class SFTEvaluator:
             fidelity: its steps end the run.
             checkpoints: numbers of steps.
         """
-        curve = {0: self._untrained(plan, fidelity)} if 0 in checkpoints else {}
+        curve = {}
+        if 0 in checkpoints:
+            self._load_untrained(plan, fidelity)
+            curve[0] = self._held_out_loss(self._resident.model, fidelity)
 
         def record(step: int, model: nn.Module) -> None:
             if step in checkpoints:
@@ -201,13 +224,15 @@ class SFTEvaluator:
             self._trained(plan, fidelity, record)
         return curve
 
-    def _loss(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
-        return self._untrained(plan, fidelity) if fidelity.num_steps == 0 else self._trained(plan, fidelity)
+    def _scored(self, plan: BitRankPlan, fidelity: Fidelity) -> _Scored:
+        if fidelity.num_steps == 0:
+            self._load_untrained(plan, fidelity)
+            return self._score(self._resident.model, fidelity)
+        return self._score(self._trained(plan, fidelity), fidelity)
 
-    def _untrained(self, plan: BitRankPlan, fidelity: Fidelity) -> HeldOutLoss:
+    def _load_untrained(self, plan: BitRankPlan, fidelity: Fidelity) -> None:
         shared = self._shared[_supernet_training(fidelity)] if fidelity.shared_steps else None
         self._resident.load(plan, with_corrections=True, shared=shared)
-        return self._held_out_loss(self._resident.model, fidelity)
 
     def _train_supernet(self, fidelity: Fidelity) -> dict[str, float]:
         """Train the shared adapter unless it is there; what that cost, for the trial that had to."""
@@ -224,7 +249,7 @@ class SFTEvaluator:
             )
         return {"supernet_seconds": time.perf_counter() - start}
 
-    def _trained(self, plan: BitRankPlan, fidelity: Fidelity, on_step: OnStep | None = None) -> HeldOutLoss:
+    def _trained(self, plan: BitRankPlan, fidelity: Fidelity, on_step: OnStep | None = None) -> nn.Module:
         self._resident.load(plan, with_corrections=False)
         calibrated = plan
         if plan.initialization == "compensate":
@@ -234,7 +259,7 @@ class SFTEvaluator:
         with tempfile.TemporaryDirectory() as directory:
             peft_model = add_dense_adapter(self._resident.model, config)
             self._train(peft_model, fidelity, directory, [] if on_step is None else [_StepCallback(on_step)])
-            return self._held_out_loss(peft_model, fidelity)
+        return peft_model
 
     def _train(self, model: nn.Module, fidelity: Fidelity, directory: str, callbacks: list[TrainerCallback]) -> None:
         args = quiet_arguments(self._args, directory)
@@ -251,6 +276,24 @@ class SFTEvaluator:
         for callback in (PrinterCallback, ProgressCallback):  # they print a line at the end of a run
             trainer.remove_callback(callback)
         trainer.train()
+
+    def _score(self, model: nn.Module, fidelity: Fidelity) -> _Scored:
+        """The held-out loss, or the objective in its place.
+
+        Raises:
+            ArithmeticError: it is not finite.
+        """
+        loss = self._held_out_loss(model, fidelity)
+        if not math.isfinite(loss.mean):
+            raise ArithmeticError(f"the held-out loss is {loss.mean}")
+        if self._objective is None:
+            return _Scored(loss.mean, loss.sequence_losses, {})
+        info = self._objective.info
+        score = self._objective.score(model, self._data.examples, fidelity.num_eval_sequences)
+        if not math.isfinite(score.value):
+            raise ArithmeticError(f"{info.name} is {score.value}")
+        values = tuple(info.sign * value for value in score.example_values)
+        return _Scored(info.sign * score.value, values, {"held_out_loss": loss.mean, info.name: score.value})
 
     def _held_out_loss(self, model: nn.Module, fidelity: Fidelity) -> HeldOutLoss:
         num = fidelity.num_eval_sequences
@@ -327,6 +370,12 @@ def _remove_adapters(model: nn.Module) -> None:
             model.set_submodule(name, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+def mean_length(dataset: Dataset) -> float:
+    """Tokens of a prepared sequence, on average over the first thousand."""
+    rows = dataset.select(range(min(LENGTH_SAMPLE, len(dataset))))
+    return sum(map(len, rows["input_ids"])) / len(rows)
 
 
 def _check_dataset(name: str, dataset: object) -> None:

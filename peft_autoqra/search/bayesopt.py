@@ -60,12 +60,14 @@ class TrustRegionSettings:
 
     Attributes:
         num_trials: candidates asked for at most.
-        improvement_tolerance: stop when no candidate's expected improvement is above it, nats (AutoQRA, Eq. 13).
+        improvement_tolerance: stop when no candidate's expected improvement is above it, in the unit of the losses
+            (AutoQRA, Eq. 13).
         initial_length: most atomic edits between a candidate and the incumbent, at the start.
         max_length: most that it may grow to.
         success_tolerance: successful batches in a row after which the region doubles.
         failure_tolerance: failed batches in a row after which it halves; it collapses below one edit.
         seed: of the stage's own generator.
+        in_nats: losses are in the unit of the problem's loss table.
     """
 
     num_trials: int = 24
@@ -75,6 +77,7 @@ class TrustRegionSettings:
     success_tolerance: int = 2
     failure_tolerance: int = 3
     seed: int = 0
+    in_nats: bool = True
 
     def __post_init__(self) -> None:
         """Check ranges; the trust region's own are checked by its state.
@@ -309,6 +312,7 @@ class TrustRegionStage:
             standard_errors=np.asarray(errors),
             levels=np.asarray([num_levels - 1 - known.level for known in observations]),
             num_levels=num_levels,
+            in_nats=self.settings.in_nats,
         )
         return ProxyGP(self._embedding, self._features, data, hyperparameters)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_autoqra.importance.warm_starts import (
     best_allocation,
@@ -60,6 +60,8 @@ class SearchEngine:
         baselines: names of plans from outside of the space that are evaluated too.
         seed: of the stages.
         pool: the only candidates that can be evaluated, where not all of the space can.
+        in_nats: losses are in the unit of the problem's loss table. Those of another objective may be of any scale and
+            often equal, as accuracies of few examples are.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class SearchEngine:
         baselines: Sequence[str] = (),
         seed: int = 0,
         pool: Sequence[Candidate] = (),
+        in_nats: bool = True,
     ) -> None:
         """Nothing is asked yet."""
-        self.problem, self.spending, self._seed = problem, spending, seed
+        self.problem, self.spending, self._seed, self._in_nats = problem, spending, seed, in_nats
         self.ledger = Ledger(spending.level_costs, spending.total_cost, spending.max_trials)
         self.surrogate_checks: list[SurrogateCheck] = []
         self._pool = CandidatePool(problem, pool)
@@ -236,7 +239,9 @@ class SearchEngine:
 
     def _trust_region(self) -> TrustRegionStage:
         """Stage 2 with everything that is known."""
-        settings = TrustRegionSettings(num_trials=self.spending.num_explored, seed=self._seed)
+        settings = TrustRegionSettings(num_trials=self.spending.num_explored, seed=self._seed, in_nats=self._in_nats)
+        if not self._in_nats:
+            settings = replace(settings, improvement_tolerance=0.0)  # of its size nothing is known
         top = self.ledger.top
         known = [self._observation(c, level) for level in range(top + 1) for c in self.ledger.candidates(level)]
         return TrustRegionStage(self.problem, settings, known, pool=self._pool.candidates)
@@ -247,6 +252,8 @@ class SearchEngine:
         loss, reference = self.ledger.loss(candidate, level), self.ledger.loss(self.allocation, level)
         margin = self.ledger.difference(candidate, self.allocation, level)
         error = None if margin is None or candidate == self.allocation else margin.standard_error
+        if error == 0 and not self._in_nats:  # the same answers to a few questions are not the same plan
+            error = None
         if margin is not None and math.isfinite(reference):
             loss = reference + margin.mean
         return Observation(candidate, loss, error, top - level)

@@ -31,10 +31,11 @@ class LossData:
 
     Attributes:
         positions: ladder positions, ``[num_observations, num_groups, 2]``.
-        losses: nats per token, ``[num_observations]``.
-        standard_errors: of the losses, nats per token, NaN where unknown, ``[num_observations]``.
+        losses: nats per token, or of another objective, ``[num_observations]``.
+        standard_errors: of the losses, NaN where unknown, ``[num_observations]``.
         levels: fidelities, 0 is the cheapest, ``[num_observations]``.
         num_levels: of fidelities; predictions are for the last.
+        in_nats: the losses are in the unit of the predicted ones; another objective's are of a scale to be learned.
     """
 
     positions: npt.NDArray[np.int64]
@@ -42,22 +43,28 @@ class LossData:
     standard_errors: npt.NDArray[np.float64]
     levels: npt.NDArray[np.int64]
     num_levels: int = 1
+    in_nats: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class LossScaling:
-    """Nats to standardized units and back: ``standardized = (loss - offset) / unit``, by fidelity.
+    """Losses to standardized units and back: ``standardized = (loss - offset) / unit``, by fidelity.
 
     Attributes:
         offset: mean observed loss, ``[num_levels]``.
         unit: standard deviation of the observed losses, or ``PROXY_DISTRUST`` of the mean predicted rise where that
             is more (candidates that happen to be close do not make the model sure of all others), ``[num_levels]``.
+            Of losses that are not in nats, their standard deviation, or their standard error where that is more:
+            accuracies of few examples are often equal.
+        predicted_unit: likewise of predictions: ``unit`` again where losses are in nats, else their own standard
+            deviation, so that the prior expects a spread of predictions to make a spread of losses.
         predicted_offset: mean prediction, ``[num_levels]``.
         column_offset: mean columns of :class:`LossFeatures`, ``[num_levels, num_columns]``.
     """
 
     offset: npt.NDArray[np.float64]
     unit: npt.NDArray[np.float64]
+    predicted_unit: npt.NDArray[np.float64]
     predicted_offset: npt.NDArray[np.float64]
     column_offset: npt.NDArray[np.float64]
 
@@ -71,9 +78,15 @@ class LossScaling:
         members = [
             data.levels == (level if (data.levels == level).any() else last) for level in range(data.num_levels)
         ]
+        if data.in_nats:
+            units = predicted_units = [_unit(data.losses[m], predicted[m]) for m in members]
+        else:
+            units = [_own_unit(data.losses[m], data.standard_errors[m]) for m in members]
+            predicted_units = [_unit(predicted[m], predicted[m]) for m in members]
         return cls(
             np.array([data.losses[m].mean() for m in members]),
-            np.array([_unit(data.losses[m], predicted[m]) for m in members]),
+            np.array(units),
+            np.array(predicted_units),
             np.array([predicted[m].mean() for m in members]),
             np.stack([columns[m].mean(axis=0) for m in members]),
         )
@@ -82,6 +95,12 @@ class LossScaling:
 def _unit(losses: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> float:
     resolution = 1e-9 * max(1.0, float(np.abs(losses).max()))
     return max(float(losses.std()), PROXY_DISTRUST * float(np.abs(predicted).mean()), resolution)
+
+
+def _own_unit(losses: npt.NDArray[np.float64], standard_errors: npt.NDArray[np.float64]) -> float:
+    known = standard_errors[np.isfinite(standard_errors)]
+    noise = float(np.sqrt(np.square(known).mean())) if len(known) else 0.0
+    return max(float(losses.std()), noise, 1e-9 * max(1.0, float(np.abs(losses).max())))
 
 
 class ProxyGP:
@@ -147,7 +166,7 @@ class ProxyGP:
         """Embedding, features, level indicators and prediction, standardized, ``[num_candidates, d]``."""
         if levels is None:
             levels = np.full(len(positions), self.top)
-        unit = self.scaling.unit[levels]
+        unit = self.scaling.predicted_unit[levels]
         predicted = self.embedding.predicted_losses(positions) - self.scaling.predicted_offset[levels]
         columns = self.features.transform_positions(positions) - self.scaling.column_offset[levels]
         demand = self.features.columns("demand")
@@ -184,7 +203,7 @@ class ProxyGP:
             positions: ``[num_candidates, num_groups, 2]``.
 
         Returns:
-            Nats, each ``[num_candidates]``.
+            In the unit of the losses, each ``[num_candidates]``.
         """
         inputs = self._inputs(positions)
         with torch.no_grad():
@@ -234,7 +253,7 @@ class ProxyGP:
                 residuals = residuals - columns @ prior - rest
             weights = prior + variances * (columns.T @ torch.cholesky_solve(residuals[:, None], self._cholesky))[:, 0]
             scale = float(mean.log_scales[0].exp())
-        return self.features.corrected_table(weights.numpy(), scale, float(self.scaling.unit[self.top]))
+        return self.features.corrected_table(weights.numpy(), scale, float(self.scaling.predicted_unit[self.top]))
 
 
 def log_improvement(u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -110,7 +110,8 @@ class PromotionSurrogate:
         """
         predicted = {candidate: loss for (candidate, _), loss in zip(pool, self.predict(pool), strict=True)}
         fresh = [c for c, loss in predicted.items() if c not in self._known and math.isfinite(loss)]
-        return sorted(fresh, key=predicted.__getitem__)[:num]
+        # an accuracy of few examples is often equal; its ties are the score's to break
+        return sorted(fresh, key=lambda c: (predicted[c], self.problem.predicted_loss(c)))[:num]
 
     def _fit_correction(
         self,
