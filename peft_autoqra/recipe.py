@@ -102,9 +102,12 @@ class EvaluationArguments:
         metadata={"help": "Metrics beside the loss: accuracy, exact_match, METRIC.py, or of the hub."},
     )
     tasks: str | None = field(default=None, metadata={"help": "Of lm-evaluation-harness, or YAML files: A,B."})
-    num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each question of a task."})
+    num_fewshot: int | None = field(
+        default=None,
+        metadata={"help": "Number of examples before each question of a task; the task's own by default."},
+    )
     apply_chat_template: bool = field(default=False, metadata={"help": "Put tasks as the chat template has them."})
-    limit: int | None = field(default=None, metadata={"help": "Examples at most; all by default."})
+    limit: int | None = field(default=None, metadata={"help": "Number of examples at most; all by default."})
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens of a text written for a metric, at most."})
     baseline: str | None = field(default=None, metadata={"help": "Another model to compare with."})
     output_file: str | None = field(default=None, metadata={"help": "Write the figures there as JSON, too."})
