@@ -66,18 +66,20 @@ def run(argv: Sequence[str]) -> Outcome | None:
             plan=plan,
         )
     )
-    if options.dry_run:
-        estimate = finetune.estimate()
-        outcome = Outcome(
-            estimate_text(finetune, estimate), {"dry_run": True, **_plan_data(finetune), **asdict(estimate)}
-        )
-        return outcome if finetune.is_main_process else None
+    outcome = _estimated(finetune) if options.dry_run else _trained(finetune, target)
+    return outcome if finetune.is_main_process else None
+
+
+def _estimated(finetune: FineTune) -> Outcome:
+    estimate = finetune.estimate()
+    return Outcome(estimate_text(finetune, estimate), {"dry_run": True, **_plan_data(finetune), **asdict(estimate)})
+
+
+def _trained(finetune: FineTune, target: PushTarget | None) -> Outcome:
     result = finetune.run()
-    if not finetune.is_main_process:
-        return None
     text, pushed = result_text(finetune, result), None
-    if target is not None:
-        pushed = push_folder(prepare_folder(args.output_dir), target).commit_url
+    if target is not None and finetune.is_main_process:
+        pushed = push_folder(prepare_folder(result.output_dir), target).commit_url
         text += f"\npushed   {pushed}"
     return Outcome(text, {"dry_run": False, **_plan_data(finetune), **result.to_dict(), "pushed_to": pushed})
 
