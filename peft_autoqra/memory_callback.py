@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.errors import InvalidPlanError, MemoryBudgetError
 from peft_autoqra.memory import MemoryBudget
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.memory_measurement import measure_memory
@@ -42,18 +42,15 @@ class MemoryBudgetCallback(TrainerCallback):  # type: ignore[misc]
         measured: bytes by part; None before the first optimizer step.
 
     Raises:
-        InvalidPlanError: the model has no adapter of an AutoQRA plan, or ``budget`` is not above 0.
+        InvalidPlanError: the model has no adapter of an AutoQRA plan.
+        MemoryBudgetError: ``budget`` is not above 0, or neither bytes nor a budget.
     """
 
     def __init__(self, trainer: Trainer, budget: int | MemoryBudget | None = None) -> None:
         """Find the plan and the budget."""
         self._trainer = trainer
         self._plan = _plan_of(trainer)
-        if isinstance(budget, int):
-            budget = MemoryBudget(budget, "training")
-        self._budget = _searched_budget(self._plan) if budget is None else budget
-        if self._budget is not None and self._budget.limit_bytes <= 0:
-            raise InvalidPlanError(f"budget={self._budget.limit_bytes} must be bytes above 0, or None.")
+        self._budget = _searched_budget(self._plan) if budget is None else _checked_budget(budget)
         self.measured: MemoryEstimate | None = None
         self._is_logged = False
 
@@ -100,6 +97,19 @@ def _plan_of(trainer: Trainer) -> BitRankPlan:
             "give the trainer peft_config=AutoQRAConfig(...)."
         )
     return plans[0]
+
+
+def _checked_budget(budget: int | MemoryBudget) -> MemoryBudget:
+    if isinstance(budget, int):
+        budget = MemoryBudget(budget, "training")
+    if not isinstance(budget, MemoryBudget):
+        raise MemoryBudgetError(
+            f"budget={budget!r} must be bytes as an integer, or a MemoryBudget; "
+            "peft_autoqra.memory.resolve_budget makes one of texts such as '6GB'."
+        )
+    if budget.limit_bytes <= 0:
+        raise MemoryBudgetError(f"budget={budget.limit_bytes} must be bytes above 0, or None.")
+    return budget
 
 
 def _searched_budget(plan: BitRankPlan) -> MemoryBudget | None:

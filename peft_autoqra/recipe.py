@@ -78,8 +78,6 @@ class DataArguments:
             raise RecipeError("Give dataset_name or train_file, not both.")
         if self.test_split_size is not None and not 0 < self.test_split_size < 1:
             raise RecipeError(f"test_split_size={self.test_split_size} must be a fraction between 0 and 1.")
-        if self.test_split_size is not None and self.eval_file:
-            raise RecipeError("Give eval_file or test_split_size, not both.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,10 +80,12 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
         seed: of the split, where part of the training data is held out.
 
     Raises:
-        RecipeError: no data set is named, one is not there or empty, or nothing is held out.
+        RecipeError: no data set is named, one is not there or empty, or nothing is held out, or twice.
     """
     if data.eval_file and not data.train_file:
         raise RecipeError("eval_file needs a train_file beside it.")
+    if data.eval_file and data.test_split_size is not None:
+        raise RecipeError("Give eval_file or test_split_size, not both.")
     if data.train_file is None and data.dataset_name is None:
         raise RecipeError("No data: give --train_file FILE or --dataset_name ID_OR_FOLDER.")
     train = _load_file(data.train_file) if data.train_file else _load_split(data, data.dataset_train_split)
@@ -101,6 +103,8 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
 
 def load_eval_dataset(data: DataArguments, seed: int) -> Dataset:
     """The held-out data of :func:`load_datasets`, which needs no training data if it is named by itself.
+
+    A file for it takes the place of what a recipe splits off.
 
     Args:
         data: what to load.

@@ -16,10 +16,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
+from peft_autoqra.checkpoints import check_checkpoint, checkpoint_plan, find_checkpoint
 from peft_autoqra.distribution import Distribution, Strategy, find_distribution
 from peft_autoqra.errors import AutoQRAError, PlanMismatchError
 from peft_autoqra.evaluation.sft import SFTData
@@ -29,7 +28,7 @@ from peft_autoqra.memory_callback import MemoryBudgetCallback
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, QuantizerSettings
 from peft_autoqra.portable_trainer import PortableTrainer
-from peft_autoqra.recipe import AdapterArguments, RecipeError
+from peft_autoqra.recipe import AdapterArguments
 from peft_autoqra.streaming.empty_layers import empty_dense_model
 from peft_autoqra.streaming.hf_quantizer import empty_base, note_base
 from peft_autoqra.streaming.quant_config import METHOD
@@ -129,15 +128,17 @@ class FineTune:
         DistributionError: the processes cannot train together as they were started.
         InvalidPlanError: bits, ranks or modules that do not fit the model, or a plan that is not one.
         CalibrationError: no data is left after tokenization.
-        RecipeError: there is no checkpoint to resume from.
+        PlanMismatchError: the plan is for another model, or not the one of the checkpoint to resume from.
+        RecipeError: there is no whole checkpoint to resume from.
     """
 
     def __init__(self, inputs: FineTuneInputs) -> None:
         """Quantize, add adapters and prepare the data."""
         args = inputs.args
         self.distribution = find_distribution(args)
-        self._checkpoint = find_checkpoint(args)
-        plan = self.distribution.shared(lambda: _named_plan(inputs))  # before the data: a wrong name fails at once
+        self.checkpoint = self.distribution.shared(lambda: find_checkpoint(args))
+        # before the data: a wrong name fails at once
+        plan = self.distribution.shared(lambda: _named_plan(inputs, self.checkpoint))
         model = _own_model(inputs, self.distribution)
         with _taken_for_unquantized(model):
             data = SFTData(
@@ -149,7 +150,7 @@ class FineTune:
                 allow_packing=True,
             )
         if plan is None:
-            plan = self.distribution.shared(lambda: _uniform_plan(model, inputs.adapter, data))
+            plan = self.distribution.shared(lambda: _uniform_plan(model, inputs.adapter, data, self.checkpoint))
         self.estimated = _estimate_memory(model, plan, args)
         if self.distribution.first_process_reads:
             plan = _share_base(model, plan, self.distribution)
@@ -197,7 +198,7 @@ class FineTune:
         """
         trainer, args = self.trainer, self.trainer.args
         start = time.perf_counter()
-        output = trainer.train(resume_from_checkpoint=self._checkpoint)
+        output = trainer.train(resume_from_checkpoint=self.checkpoint)
         train_seconds = time.perf_counter() - start
         result = FineTuneResult(
             eval_loss=float(trainer.evaluate()["eval_loss"]),
@@ -258,34 +259,15 @@ class _CardTrainer(PortableTrainer):
         config.card(self.finetune_figures).write(Path(self.args.output_dir))
 
 
-def find_checkpoint(args: SFTConfig) -> str | None:
-    """The checkpoint that ``resume_from_checkpoint`` asks for; true means the last one in the output directory.
-
-    Raises:
-        RecipeError: it is not there.
-    """
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if found is None:
-            raise RecipeError(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir}; leave it out.")
-        return str(found)
-    if not Path(wanted, TRAINER_STATE_NAME).is_file():
-        raise RecipeError(
-            f"resume_from_checkpoint: {wanted} is no folder of a checkpoint, such as adapter/checkpoint-500."
-        )
-    return str(wanted)
-
-
-def _named_plan(inputs: FineTuneInputs) -> BitRankPlan | None:
-    """The plan that is named, if one is; it fits the model."""
+def _named_plan(inputs: FineTuneInputs, checkpoint: str | None) -> BitRankPlan | None:
+    """The plan that is named, if one is; it fits the model and the checkpoint."""
     plan = inputs.plan
     if plan is None and inputs.adapter.plan is not None:
         plan = BitRankPlan.from_pretrained(inputs.adapter.plan)
     if plan is not None and inputs.model is not None:
         _check_names(plan, inputs.model)
+    if plan is not None and checkpoint is not None:
+        check_checkpoint(checkpoint, plan)
     return plan
 
 
@@ -343,8 +325,10 @@ def _taken_for_unquantized(model: PreTrainedModel) -> Iterator[None]:
             model.is_quantized = True
 
 
-def _uniform_plan(model: PreTrainedModel, adapter: AdapterArguments, data: SFTData) -> BitRankPlan:
-    """The same bits and rank everywhere, calibrated where the backend takes it."""
+def _uniform_plan(
+    model: PreTrainedModel, adapter: AdapterArguments, data: SFTData, checkpoint: str | None
+) -> BitRankPlan:
+    """The same bits and rank everywhere, calibrated where the backend takes it, or as a checkpoint has it."""
     bits = DEFAULT_BITS if adapter.bits is None else adapter.bits
     quantizer = QuantizerSettings(backend=adapter.quant_backend or "native", group_size=adapter.group_size)  # type: ignore[arg-type]
     plan = uniform_plan(
@@ -354,6 +338,8 @@ def _uniform_plan(model: PreTrainedModel, adapter: AdapterArguments, data: SFTDa
         target_modules=adapter.target_modules or "all-linear",
         quantizer=quantizer,
     )
+    if checkpoint is not None:  # a calibration by other processes or devices could differ in the last bit
+        return checkpoint_plan(checkpoint, plan)
     if quantizer.backend == "bitsandbytes" or bits == DENSE_BITS or not adapter.num_calibration_sequences:
         return plan
     return calibrate_plan(plan, model, data.batches(data.train, adapter.num_calibration_sequences))

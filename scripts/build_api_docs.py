@@ -19,12 +19,23 @@ REPOSITORY = Path(__file__).parent.parent
 MODULES = (
     "peft_autoqra",
     r"!peft_autoqra\.",  # of its modules only those that follow
+    "peft_autoqra.distribution",
     "peft_autoqra.errors",
+    "peft_autoqra.evaluation.metric_objective",
+    "peft_autoqra.evaluation.objective",
     "peft_autoqra.evaluation.sft",
+    "peft_autoqra.executors.executor",
+    "peft_autoqra.executors.futures_executor",
+    "peft_autoqra.executors.ray_executor",
     "peft_autoqra.export",
     "peft_autoqra.memory",
+    "peft_autoqra.memory_callback",
+    "peft_autoqra.objective_info",
+    "peft_autoqra.portable_trainer",
     "peft_autoqra.quant.compiled_decode",
     "peft_autoqra.report",
+    "peft_autoqra.search_callback",
+    "peft_autoqra.sharding",
     "peft_autoqra.training",
 )
 

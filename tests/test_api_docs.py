@@ -40,6 +40,17 @@ def test_every_error_is_described(reference: Path) -> None:
     assert names <= described(reference / "peft_autoqra" / "errors.html")
 
 
+def test_what_guides_name_by_its_module_is_described(reference: Path) -> None:
+    pages = [SCRIPT.parent.parent / "README.md", *(SCRIPT.parent.parent / "docs").glob("*.md")]
+    text = "".join(page.read_text() for page in pages)
+    imports = re.findall(r"^from peft_autoqra\.([\w.]+) import (\w+)", text, re.MULTILINE)
+    named = re.findall(r"`peft_autoqra\.([a-z_.]+)\.([A-Z]\w+|\w+(?=\())", text)
+    assert len(imports) + len(named) >= 5
+    for module, name in [*imports, *named]:
+        page = reference / "peft_autoqra" / f"{module.replace('.', '/')}.html"
+        assert name in described(page), f"{module}.{name}"
+
+
 def test_examples_and_references_are_rendered(reference: Path) -> None:
     page = (reference / "peft_autoqra.html").read_text()
     assert page.count('<div class="pdoc-code codehilite">') >= 5

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer, TrainingArguments
 
 from peft_autoqra import AutoQRAConfig, MemoryBudgetCallback, MemoryModel, uniform_plan
-from peft_autoqra.errors import InvalidPlanError
+from peft_autoqra.errors import InvalidPlanError, MemoryBudgetError
 from peft_autoqra.memory import MemoryBudget
 from peft_autoqra.memory_callback import MemoryBudgetWarning
 
@@ -109,10 +109,26 @@ def test_what_cannot_be_counted_is_refused(make_trainer, tiny_llama, tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(InvalidPlanError, match="no AutoQRA adapter"):
         MemoryBudgetCallback(Trainer(model=tiny_llama(), args=args))
-    with pytest.raises(InvalidPlanError, match="budget=0"):
+    with pytest.raises(MemoryBudgetError, match="budget=0"):
         MemoryBudgetCallback(make_trainer(), budget=0)
-    with pytest.raises(InvalidPlanError, match="budget=-3"):
+    with pytest.raises(MemoryBudgetError, match="budget=-3"):
         MemoryBudgetCallback(make_trainer(), budget=MemoryBudget(-3, "training"))
+    with pytest.raises(MemoryBudgetError, match=r"'6GB' must be bytes.*resolve_budget"):
+        MemoryBudgetCallback(make_trainer(), budget="6GB")
+
+
+def test_bits_do_in_place_of_a_plan(tiny_llama, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none", disable_tqdm=True)
+    base = tiny_llama()
+    estimate = MemoryModel.from_model(base).estimate(uniform_plan(base, 3, 8))
+    model = get_peft_model(base, AutoQRAConfig(bits=3, r=8))
+    trainer = Trainer(model=model, args=args, train_dataset=DATA, eval_dataset=DATA)
+    callback = MemoryBudgetCallback(trainer)
+    trainer.add_callback(callback)
+    trainer.evaluate()
+    assert callback.measured is None  # nothing is held before the first step
+    trainer.train()
+    assert callback.measured == estimate
 
 
 def test_an_optimizer_with_other_states_is_measured(make_trainer, estimate):

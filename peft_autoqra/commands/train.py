@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
+from peft_autoqra.checkpoints import check_checkpoint, find_checkpoint
 from peft_autoqra.commands.outcome import Outcome
 from peft_autoqra.commands.parser import RecipeParser
 from peft_autoqra.commands.tables import memory_table
@@ -22,7 +23,7 @@ from peft_autoqra.recipe import AdapterArguments, ModelArguments, RecipeError
 from peft_autoqra.recipe_inputs import load_base_model, load_datasets, load_processing_class
 from peft_autoqra.streaming.quant_config import AutoQRAQuantConfig
 from peft_autoqra.streaming.weight_stream import NotStreamedError
-from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult, find_checkpoint
+from peft_autoqra.training import FineTune, FineTuneEstimate, FineTuneInputs, FineTuneResult
 from peft_autoqra.units import format_seconds
 
 _IN_PROCESSES = {
@@ -45,12 +46,12 @@ def run(argv: Sequence[str]) -> Outcome | None:
     if options.dry_run:
         args.resume_from_checkpoint, target = None, None
         args.output_dir = tempfile.gettempdir()  # the trainer makes its output directory
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # fails now rather than after quantization
-    find_checkpoint(args)  # likewise
+    checkpoint = args.resume_from_checkpoint = distribution.shared(lambda: find_checkpoint(args))
     if target is not None:
         distribution.by_main_process(lambda: _check_opens(target))
     train_dataset, eval_dataset = load_datasets(data_args, args.seed)
-    plan = distribution.shared(lambda: _read_plan(adapter_args))
+    plan = distribution.shared(lambda: _read_plan(adapter_args, checkpoint))
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # fails now rather than after quantization
     backend = adapter_args.quant_backend if plan is None else plan.quantizer.backend
     if options.dry_run or backend == "bitsandbytes":
         distribution = every_process_reads(distribution, args)  # accelerate cannot send its 4-bit layers to the others
@@ -65,18 +66,20 @@ def run(argv: Sequence[str]) -> Outcome | None:
             plan=plan,
         )
     )
-    if options.dry_run:
-        estimate = finetune.estimate()
-        outcome = Outcome(
-            estimate_text(finetune, estimate), {"dry_run": True, **_plan_data(finetune), **asdict(estimate)}
-        )
-        return outcome if finetune.is_main_process else None
+    outcome = _estimated(finetune) if options.dry_run else _trained(finetune, target)
+    return outcome if finetune.is_main_process else None
+
+
+def _estimated(finetune: FineTune) -> Outcome:
+    estimate = finetune.estimate()
+    return Outcome(estimate_text(finetune, estimate), {"dry_run": True, **_plan_data(finetune), **asdict(estimate)})
+
+
+def _trained(finetune: FineTune, target: PushTarget | None) -> Outcome:
     result = finetune.run()
-    if not finetune.is_main_process:
-        return None
     text, pushed = result_text(finetune, result), None
-    if target is not None:
-        pushed = push_folder(prepare_folder(args.output_dir), target).commit_url
+    if target is not None and finetune.is_main_process:
+        pushed = push_folder(prepare_folder(result.output_dir), target).commit_url
         text += f"\npushed   {pushed}"
     return Outcome(text, {"dry_run": False, **_plan_data(finetune), **result.to_dict(), "pushed_to": pushed})
 
@@ -99,8 +102,13 @@ def _check_opens(target: PushTarget) -> None:
         pass
 
 
-def _read_plan(adapter_args: AdapterArguments) -> BitRankPlan | None:
-    return None if adapter_args.plan is None else BitRankPlan.from_pretrained(adapter_args.plan)
+def _read_plan(adapter_args: AdapterArguments, checkpoint: str | None) -> BitRankPlan | None:
+    if adapter_args.plan is None:
+        return None
+    plan = BitRankPlan.from_pretrained(adapter_args.plan)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, plan)
+    return plan
 
 
 def _load_model(
@@ -165,11 +173,13 @@ def result_text(finetune: FineTune, result: FineTuneResult) -> str:
 
 def _head(finetune: FineTune) -> list[str]:
     plan = finetune.plan
-    start = "at the calibrated correction" if plan.initialization == "compensate" else "at zero"
+    start = "start at the calibrated correction" if plan.initialization == "compensate" else "start at zero"
+    if finetune.checkpoint is not None:
+        start = f"go on from {finetune.checkpoint}"
     return [
         "",
         f"{len(plan)} modules, average {plan.average_bits:.2f} bits and rank {plan.average_rank:.1f} "
-        f"({plan.quantizer.backend}); adapters start {start}.",
+        f"({plan.quantizer.backend}); adapters {start}.",
     ]
 
 

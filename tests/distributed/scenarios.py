@@ -84,5 +84,6 @@ SCENARIOS = (
     Scenario(name="fsdp2-nf4-bf16", num_processes=2, bits=NF4, variables=FSDP, more=BF16),
     Scenario(name="refused-fsdp1", num_processes=2, bits=NATIVE, variables=FSDP | {"FSDP_VERSION": "1"}),
     Scenario(name="refused-on-cpus", num_processes=2, bits=NATIVE, variables=FSDP),
+    Scenario(name="refused-checkpoint", num_processes=2, bits=None, resumes="single"),
     Scenario(name="refused-plan", num_processes=2, bits=("--plan", "no-such-plan")),
 )

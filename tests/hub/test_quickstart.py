@@ -41,7 +41,7 @@ def test_from_a_model_and_a_data_file_to_the_hub(
     monkeypatch.chdir(tmp_path)
     hub.log_in(ME)
     commands = quickstart()
-    assert [words[1] for words in commands] == ["search", "search", "train", "report", "push"]
+    assert [words[1] for words in commands] == ["search", "search", "show", "train", "evaluate", "report", "push"]
     for words in commands:
         assert words[0] == "autoqra"
         assert cli.main([*words[1:], *TINY.get(words[1], [])]) == 0, words
