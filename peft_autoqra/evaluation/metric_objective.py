@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -81,7 +82,7 @@ class MetricObjective:
         """
         metric = BUILTIN_METRICS[name](keep_in_memory=True) if name in BUILTIN_METRICS else _load(name)
         objective = cls(metric, key=key, max_new_tokens=max_new_tokens)
-        objective._made_from = (name, key, max_new_tokens)
+        objective._made_from = (_place(name), key, max_new_tokens)
         return objective
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -160,6 +161,13 @@ def _load(name: str) -> EvaluationModule:
         ) from error
     except Exception as error:  # a script raises what it likes
         raise EvaluationError(f"The metric {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _place(name: str) -> str:
+    """A script as it is found from other folders, where workers may run; other names as they are."""
+    path = Path(name)
+    is_script = path.is_file() or path.joinpath(f"{path.name}.py").is_file()
+    return str(path.resolve()) if is_script and name not in BUILTIN_METRICS else name
 
 
 def _features(metric: EvaluationModule) -> Features:

@@ -85,7 +85,15 @@ class RayExecutor:
         return max(1, sum(worker.is_ready for worker in self._workers))
 
     def open(self, source: WorkerSource) -> None:
-        """Start as many workers as there is room for."""
+        """Start as many workers as there is room for.
+
+        Raises:
+            ExecutorError: the cluster is gone, with an earlier search of this executor for instance.
+        """
+        if not self._ray.is_initialized():
+            raise ExecutorError(
+                "This executor's Ray cluster is gone, as it is after a search; make a new RayExecutor."
+            )
         self._source = source
         gpus = float(source.needs_gpu) if self._gpus is None else self._gpus
         weights = {"GPU": gpus} if gpus else {"memory": float(MEMORY_COPIES * source.weight_bytes)}

@@ -50,7 +50,7 @@ def test_a_machine_joins_and_the_first_one_leaves(cluster, make_searcher, tiny_l
                 pause.touch()
                 cluster.add_node(num_cpus=1, **NODE)
                 events.append("joined")
-            elif progress.num_pending == 2 and "left" not in events:
+            elif progress.num_running == 2 and "left" not in events:
                 cluster.remove_node(first, allow_graceful=False)
                 pause.unlink()
                 events.append("left")
