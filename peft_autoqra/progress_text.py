@@ -31,4 +31,4 @@ def progress_text(progress: SearchProgress, pace: SearchPace) -> str:
 
 
 def _figure(trial: Trial, objective: ObjectiveInfo) -> str:
-    return "failed" if trial.loss is None else f"{objective.sign * trial.loss:.4f}"
+    return "failed" if trial.loss is None else f"{objective.sign * trial.loss + 0.0:.4f}"  # no negative zero

@@ -89,6 +89,12 @@ class MetricObjective:
         """A script's class is not known to another process, which loads it again."""
         return super().__reduce_ex__(protocol) if self._made_from is None else (self.named, self._made_from)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the metric's locks, which are this process's: it keeps them when it has released them."""
+        metric = self.metric  # a copy would not do, whose methods are bound to the original
+        metric.filelock = metric.filelocks = metric.rendez_vous_lock = None
+        return vars(self)
+
     def check(self, examples: Dataset) -> None:
         """See :class:`~peft_autoqra.evaluation.objective.Objective`; the metric is tried on perfect predictions."""
         right = [self._right(one) for one in self._completions(examples)]

@@ -122,8 +122,9 @@ class RayExecutor:
 
     def close(self) -> None:
         """End the workers; and the cluster, if it was started for this search."""
-        for worker in self._workers:
-            self._ray.kill(worker.actor)
+        if self._ray.is_initialized():  # else they are gone with their cluster
+            for worker in self._workers:
+                self._ray.kill(worker.actor)
         self._workers.clear()
         self._queue.clear()
         self._shipped.clear()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 
 def mean_logits(model, tokenizer, examples) -> list[float]:
     """Of each prompt: says nothing, but follows every weight."""
     ids = [tokenizer(row["prompt"], return_tensors="pt")["input_ids"] for row in examples]
-    with torch.no_grad():
-        return [float(model(input_ids=one).logits.mean()) for one in ids]
+    return [float(model(input_ids=one).logits.mean()) for one in ids]
