@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.search_callback import SearchProgress
 from peft_autoqra.search_pace import SearchPace
+from peft_autoqra.trial import Trial
 from peft_autoqra.units import format_seconds
 
 
@@ -15,12 +17,18 @@ def progress_text(progress: SearchProgress, pace: SearchPace) -> str:
     seconds = pace.seconds_left(progress)
     parts = [] if seconds is None else [f"{format_seconds(seconds)} left"]
     if progress.best is not None:
-        parts.append(f"best {progress.best.loss:.4f}")
+        objective = progress.objective
+        name = "" if objective == HELD_OUT_LOSS else f"{objective.name} "
+        parts.append(f"best {name}{_figure(progress.best, objective)}")
         if progress.best_baseline is not None and progress.best_baseline != progress.best:
-            parts[-1] += f" (baseline {progress.best_baseline.loss:.4f})"
+            parts[-1] += f" (baseline {_figure(progress.best_baseline, objective)})"
     parts.append("1 trial" if progress.num_told == 1 else f"{progress.num_told} trials")
-    if progress.num_pending > 1:
-        parts.append(f"{progress.num_pending} running")
+    if progress.num_running > 1:
+        parts.append(f"{progress.num_running} running")
     if progress.num_failed:
         parts.append(f"{progress.num_failed} failed")
     return ", ".join(parts)
+
+
+def _figure(trial: Trial, objective: ObjectiveInfo) -> str:
+    return "failed" if trial.loss is None else f"{objective.sign * trial.loss + 0.0:.4f}"  # no negative zero

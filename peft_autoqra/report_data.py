@@ -101,7 +101,7 @@ class ReportData:
         budget: bytes and what they limit.
         identity: settings, data and model of the search.
         recipe: text of the recipe.
-        seconds: summed time of trials and calibration.
+        seconds: wall-clock time of trials and calibration, interruptions left out.
         verdict: what the search is worth over the best baseline, in words.
         cost: of the search and its limit, in units of one full fine-tune.
     """
@@ -240,7 +240,7 @@ def _trial_row(record: Mapping[str, Any], end_seconds: float) -> TrialRow:
 
 
 def _calibration(result: Mapping[str, Any], trials: Sequence[TrialRow]) -> tuple[float, float]:
-    seconds = result["seconds"] - sum(trial.seconds for trial in trials)
+    seconds = result["seconds"] - max((trial.end_seconds for trial in trials), default=0.0)
     return result["cost"] - sum(trial.cost for trial in trials), max(0.0, seconds)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.search_result import SearchResult
 from peft_autoqra.trial import Trial
 
@@ -14,19 +15,20 @@ class SearchProgress:
 
     Attributes:
         trials: that have ended, in the order of telling, those before an interruption included.
-        num_pending: trials that were handed out and have not ended.
-        cost: booked so far, calibration and pending trials included, in units of one full fine-tune.
-        pending_cost: of it, what pending trials take.
+        num_running: trials that were handed out and have not ended.
+        cost: booked so far, calibration and trials without a result included, in units of one full fine-tune.
+        pending_cost: of it, what trials without a result take, whether they run or wait for a worker.
         max_cost: its limit.
         max_trials: limit of their number; None for none.
         seconds: wall-clock time of the trials and of calibration, interruptions left out.
         max_seconds: its limit; None for none.
         best: the trial with the least loss at the last fidelity so far; None before there is one.
         best_baseline: likewise among the plans that need no search.
+        objective: what the losses are of.
     """
 
     trials: tuple[Trial, ...]
-    num_pending: int
+    num_running: int
     cost: float
     pending_cost: float
     max_cost: float
@@ -35,6 +37,7 @@ class SearchProgress:
     max_seconds: float | None
     best: Trial | None
     best_baseline: Trial | None
+    objective: ObjectiveInfo = HELD_OUT_LOSS
 
     @property
     def num_told(self) -> int:
@@ -59,7 +62,11 @@ class SearchProgress:
 
 
 class SearchCallback:
-    """Is called by a search; every method may be left out. What it raises ends the search."""
+    """Is called by a search; every method may be left out.
+
+    What one raises ends the search, which can be continued; :meth:`on_search_end` is called all the same, also when
+    :meth:`on_search_begin` of another callback failed.
+    """
 
     def on_search_begin(self, progress: SearchProgress) -> None:
         """Calibration is done, and what the directory holds of the search is replayed."""

@@ -61,8 +61,8 @@ class SearchLoop:
             results.append(result)
             return result
 
-        self._notify("on_search_begin")
         try:
+            self._notify("on_search_begin")
             yield announce
         finally:
             self._notify("on_search_end", results[0] if results else None)
@@ -130,20 +130,21 @@ class SearchLoop:
     @property
     def progress(self) -> SearchProgress:
         """How far the search is."""
-        session, config, pending = self._session, self._session.setup.config, self._session.engine.pending
-        last = [trial for trial in session.trials_at(session.engine.ledger.top) if trial.loss is not None]
+        session, setup, ledger = self._session, self._session.setup, self._session.engine.ledger
+        last = [trial for trial in session.trials_at(ledger.top) if trial.loss is not None]
         simple = [trial for trial in last if trial.origin.startswith("baseline")]
         return SearchProgress(
             trials=tuple(session.log.trials),
-            num_pending=len(pending),
+            num_running=self._num_running,
             cost=session.cost,
-            pending_cost=sum(session.engine.ledger.level_costs[request.level] for request in pending),
-            max_cost=config.max_cost,
-            max_trials=config.max_trials,
+            pending_cost=sum(ledger.level_costs[request.level] for request in session.engine.pending),
+            max_cost=setup.config.max_cost,
+            max_trials=setup.config.max_trials,
             seconds=self._calibration_seconds + self._trial_seconds,
-            max_seconds=config.max_seconds,
+            max_seconds=setup.config.max_seconds,
             best=min(last, key=lambda trial: trial.loss or 0.0, default=None),
             best_baseline=min(simple, key=lambda trial: trial.loss or 0.0, default=None),
+            objective=setup.objective_info,
         )
 
     def _notify(self, method: str, *arguments: object) -> None:
@@ -154,7 +155,13 @@ class SearchLoop:
 
 
 def elapsed_seconds(trials: Sequence[Trial]) -> float:
-    """Wall-clock time that trials took side by side; of those that nobody looked at a clock for, the sum."""
-    results = [trial.result for trial in trials if trial.result is not None]
-    ended = [result.ended_seconds for result in results if result.ended_seconds is not None]
-    return max(ended, default=0.0) + sum(result.seconds for result in results if result.ended_seconds is None)
+    """Wall-clock time that trials took side by side; those that nobody looked at a clock for come one after another.
+
+    Args:
+        trials: in the order of telling.
+    """
+    seconds = 0.0
+    for result in (trial.result for trial in trials if trial.result is not None):
+        ended = result.ended_seconds
+        seconds = seconds + result.seconds if ended is None else max(seconds, ended)
+    return seconds

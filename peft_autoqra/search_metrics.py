@@ -1,19 +1,24 @@
 """What trackers are told of a search.
 
-transformers' integrations write what begins with ``eval_`` as ``eval/``, everything else as ``train/``.
+transformers' integrations write what begins with ``eval_`` as ``eval/``, everything else as ``train/``. Figures of
+another objective than the held-out loss go by its name, and as it has them: more may be better.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.search_result import SearchResult
 from peft_autoqra.trial import Trial
 
 Metrics = dict[str, float | str]
 
 
-def trial_metrics(told: Sequence[Trial], *, calibration_cost: float, seed: int) -> Metrics:
+def trial_metrics(
+    told: Sequence[Trial], *, calibration_cost: float, seed: int, objective: ObjectiveInfo = HELD_OUT_LOSS
+) -> Metrics:
     """Figures of the last of the trials that have ended, and of the search at its end.
 
     Args:
@@ -21,6 +26,7 @@ def trial_metrics(told: Sequence[Trial], *, calibration_cost: float, seed: int) 
             which are told first, are run at it.
         calibration_cost: in units of one full fine-tune.
         seed: of the first training run.
+        objective: what the losses are of.
     """
     trial = told[-1]
     metrics: Metrics = {
@@ -34,13 +40,23 @@ def trial_metrics(told: Sequence[Trial], *, calibration_cost: float, seed: int) 
     }
     if trial.result is not None:
         metrics["seconds"] = trial.result.seconds
-        metrics |= {f"eval_{name}": value for name, value in trial.result.metrics.items()}
+        metrics |= {f"eval_{_word(name)}": value for name, value in trial.result.metrics.items()}
     if trial.loss is not None:
-        metrics |= {"eval_loss": trial.loss, f"eval_loss_after_{trial.fidelity.num_steps}_steps": trial.loss}
-    return metrics | _best(told, seed)
+        key, figure = _key(objective), objective.sign * trial.loss
+        metrics |= {f"eval_{key}": figure, f"eval_{key}_after_{trial.fidelity.num_steps}_steps": figure}
+    return metrics | _best(told, seed, objective)
 
 
-def _best(told: Sequence[Trial], seed: int) -> Metrics:
+def _key(objective: ObjectiveInfo) -> str:
+    return "loss" if objective == HELD_OUT_LOSS else _word(objective.name)
+
+
+def _word(name: str) -> str:
+    """Trackers make folders and formulas of names."""
+    return re.sub(r"\W+", "_", name)
+
+
+def _best(told: Sequence[Trial], seed: int, objective: ObjectiveInfo) -> Metrics:
     top = max(trial.fidelity.num_steps for trial in told)
     last = [
         (trial.loss, trial)
@@ -49,13 +65,15 @@ def _best(told: Sequence[Trial], seed: int) -> Metrics:
         and (trial.fidelity.num_steps, trial.fidelity.seed, trial.fidelity.learning_rate_factor) == (top, seed, 1.0)
     ]
     simple = [loss for loss, trial in last if trial.origin.startswith("baseline")]
-    best: Metrics = {"eval_best_loss": min(loss for loss, _ in last)} if last else {}
-    return best | ({"eval_best_baseline_loss": min(simple)} if simple else {})
+    key, sign = _key(objective), objective.sign
+    best: Metrics = {f"eval_best_{key}": sign * min(loss for loss, _ in last)} if last else {}
+    return best | ({f"eval_best_baseline_{key}": sign * min(simple)} if simple else {})
 
 
 def summary_metrics(result: SearchResult) -> Metrics:
     """Figures of a finished search: the winner, its margin over the best baseline with its interval, the verdict."""
     winner, margin = result.winner.first, result.margin
+    key, sign = _key(result.objective), result.objective.sign
     metrics: Metrics = {
         "winner_total_bytes": winner.total_bytes,
         "winner_average_bits": winner.plan.average_bits,
@@ -65,9 +83,9 @@ def summary_metrics(result: SearchResult) -> Metrics:
         "verdict": result.verdict,
     }
     if result.winner.loss is not None:
-        metrics["eval_winner_loss"] = result.winner.loss
+        metrics[f"eval_winner_{key}"] = sign * result.winner.loss
     if margin is not None:
-        low, high = margin.bounds(result.num_searched)
-        metrics |= {"eval_margin": margin.mean, "eval_margin_low": low, "eval_margin_high": high}
+        low, high = sorted(sign * bound for bound in margin.bounds(result.num_searched))
+        metrics |= {"eval_margin": sign * margin.mean, "eval_margin_low": low, "eval_margin_high": high}
         metrics["search_is_better"] = int(margin.is_better(result.num_searched))
     return metrics

@@ -14,9 +14,9 @@ class SearchPace:
         self._num_beside = 0
 
     def trial_ended(self, progress: SearchProgress) -> None:
-        """Count how many trials run beside each other: the one that has ended, and those pending."""
+        """Count how many trials run beside each other: the one that has ended, and the others."""
         self._num_ended += 1
-        self._num_beside += 1 + progress.num_pending
+        self._num_beside += 1 + progress.num_running
 
     @property
     def num_workers(self) -> float:

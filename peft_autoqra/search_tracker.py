@@ -74,6 +74,8 @@ class SearchTracker(SearchCallback):
 
     def on_search_end(self, result: SearchResult | None, progress: SearchProgress) -> None:
         """Report the result, and close the runs."""
+        if not self._state:  # nothing was opened: a callback before this one ended the search
+            return
         if result is not None:
             self._for_each(lambda integration: self._summarize(integration, result))
         self._for_each(self._close)
@@ -94,7 +96,9 @@ class SearchTracker(SearchCallback):
         calibration_cost = progress.ended_cost - sum(trial.cost for trial in progress.trials)
         for num in range(integration.num_trials + 1, progress.num_told + 1):
             told = progress.trials[:num]
-            metrics = trial_metrics(told, calibration_cost=calibration_cost, seed=self._config.seed)
+            metrics = trial_metrics(
+                told, calibration_cost=calibration_cost, seed=self._config.seed, objective=progress.objective
+            )
             self._call(integration, "on_log", step=num, logs=metrics)
             integration.num_trials = num
 

@@ -23,6 +23,8 @@ from peft_autoqra.evaluation.objective import Objective
 from peft_autoqra.executors.executor import TrialExecutor
 from peft_autoqra.executors.futures_executor import FuturesExecutor
 from peft_autoqra.executors.in_process import InProcessExecutor
+from peft_autoqra.executors.ray_executor import RayExecutor
+from peft_autoqra.executors.worker_files import check_can_be_sent
 from peft_autoqra.executors.worker_source import WorkerSource
 from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
@@ -74,7 +76,6 @@ class AutoQRASearcher:
         search_config: what to search and how much to spend.
         show_progress: show progress bars, on terminals and in notebooks; ``disable_tqdm`` of the recipe goes before.
         callbacks: are told what happens in :meth:`run`.
-        show_progress: show progress bars.
         objective: what is minimized in place of ``search_config.objective``: a metric of the `evaluate` library, a
             function of model, tokenizer and examples that gives a loss for each example, or an
             :class:`~peft_autoqra.evaluation.objective.Objective`.
@@ -83,10 +84,9 @@ class AutoQRASearcher:
         InvalidPlanError: choices, modules or optimizer that cannot be planned.
         MemoryBudgetError: a budget that cannot be read or reached; the message names the smallest reachable one.
         CalibrationError: empty data.
-        MissingDependencyError: a tracker of ``report_to`` that is not installed.
-        RecipeError: one that transformers does not know.
+        RecipeError: a tracker of ``report_to`` that transformers does not know.
         EvaluationError: an objective that does not exist, or that ``eval_dataset`` does not suffice for.
-        MissingDependencyError: an objective that needs a package which is not installed.
+        MissingDependencyError: a tracker, or what an objective needs, is not installed.
     """
 
     def __init__(  # noqa: PLR0913 - what a trainer takes, and what a search adds to it
@@ -158,14 +158,21 @@ class AutoQRASearcher:
                 nor the order in which they end changes what is found.
 
         Raises:
-            ExecutorError: the executor cannot be used, or has lost all its workers; the same search can go on.
+            ExecutorError: the executor cannot be used, cannot be sent the objective, or has lost all its workers; the
+                same search can go on.
             SearchBudgetError: ``max_cost`` does not suffice for the baselines.
             SearchStateError: another search runs in the output directory, or it holds one with other settings or of
                 another version, or every trial at the last fidelity failed.
             CalibrationError: a module that the data never reaches, or values that are not finite.
         """
         used = FuturesExecutor(executor) if isinstance(executor, Executor) else executor or InProcessExecutor()
-        with closing(used), self.opened():
+        with closing(used):
+            if isinstance(used, FuturesExecutor | RayExecutor):
+                check_can_be_sent(self.setup.objective)  # before calibration, which takes long
+            return self._run(used, deterministic=deterministic)
+
+    def _run(self, executor: TrialExecutor, *, deterministic: bool) -> SearchResult:
+        with self.opened():
             opened = self._open
             loop = SearchLoop(
                 opened.session,
@@ -174,9 +181,9 @@ class AutoQRASearcher:
                 deterministic=deterministic,
             )
             with loop.announced() as announce:
-                with closing(self._worker_source()) as source, closing(used):  # workers end before their files do
-                    used.open(source)
-                    loop.run(used)
+                with closing(self._worker_source()) as source, closing(executor):  # workers end before their files do
+                    executor.open(source)
+                    loop.run(executor)
                 return announce(self.result())
 
     def _worker_source(self) -> WorkerSource:

@@ -38,7 +38,7 @@ def _drawn(make_ends) -> str:
     with os.fdopen(writing, "w") as stream, redirect_stderr(stream):
         bar = ProgressBar()
         bar.on_search_begin(make_progress(*TRIALS[:2]))
-        bar.on_trial_begin(TRIALS[2], make_progress(*TRIALS[:2], num_pending=1))
+        bar.on_trial_begin(TRIALS[2], make_progress(*TRIALS[:2], num_running=1))
         bar.on_trial_end(TRIALS[2], make_progress(*TRIALS[:3]))
         bar.on_search_end(None, make_progress(*TRIALS[:3]))
         stream.flush()
@@ -129,7 +129,7 @@ def test_log_has_a_line_for_every_stage_and_now_and_then_one_more(caplog, monkey
     log = ProgressLog()
     log.on_search_begin(make_progress())
     for number, trial in enumerate(TRIALS):
-        log.on_trial_begin(trial, make_progress(*TRIALS[:number], num_pending=1))
+        log.on_trial_begin(trial, make_progress(*TRIALS[:number], num_running=1))
         log.on_trial_end(trial, make_progress(*TRIALS[: number + 1]))
     monkeypatch.setattr(progress_log, "LOG_SECONDS", 0.0)
     log.on_trial_end(TRIALS[3], make_progress(*TRIALS))

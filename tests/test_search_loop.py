@@ -194,6 +194,39 @@ def test_callbacks_hear_of_each_trial_once_when_it_begins_and_when_it_is_told(op
     assert [event[2] for event in events if event[0] == "end"] == list(range(1, len(ended) + 1))
 
 
+def test_what_waits_for_a_worker_does_not_run(open_session):
+    """A deterministic search asks for more than one worker can take; time left goes by what runs side by side."""
+
+    class Listener(SearchCallback):
+        def on_trial_begin(self, trial, progress):
+            running.append((progress.num_running, len(session.engine.pending)))
+
+        def on_trial_end(self, trial, progress):
+            assert progress.ended_cost == pytest.approx(0.5 + sum(one.cost for one in progress.trials))
+
+    running: list[tuple[int, int]] = []
+    session = open_session()
+    searched(session, ShuffledExecutor(1), Listener(), deterministic=True)
+    assert {num for num, _ in running} == {1}
+    assert max(pending for _, pending in running) > 1
+
+
+def test_callbacks_that_began_hear_of_the_end_when_another_one_fails(open_session):
+    class Fails(SearchCallback):
+        def on_search_begin(self, progress):
+            raise ValueError("no")
+
+    class Listener(SearchCallback):
+        def on_search_end(self, result, progress):
+            ends.append(result)
+
+    ends: list[object] = []
+    loop = SearchLoop(open_session(), [Listener(), Fails()], calibration_seconds=0.0)
+    with pytest.raises(ValueError, match="no"), loop.announced():
+        pytest.fail("it began")
+    assert ends == [None]
+
+
 class SleepingExecutor(ShuffledExecutor):
     """Each trial takes a tenth of a second, beside the others."""
 
@@ -234,6 +267,7 @@ def test_seconds_without_a_clock_are_added_up():
     trials = [Trial.from_dict(TRIAL | {"result": result}) for result in RESULTS]
     assert elapsed_seconds(trials[:2]) == 7.0
     assert elapsed_seconds(trials) == 7.0 + 2.5
+    assert elapsed_seconds([trials[2], *trials[:2]]) == 7.0  # the clock went on from the first one's 2.5 seconds
     assert elapsed_seconds([]) == 0.0
 
 

@@ -17,10 +17,12 @@ from trl import SFTConfig
 
 from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher
 from peft_autoqra.errors import MissingDependencyError
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
+from peft_autoqra.paired import paired_difference
 from peft_autoqra.recipe import RecipeError
 from peft_autoqra.reporting_integrations import ReportingIntegration, make_integrations
 from peft_autoqra.search_callback import SearchCallback
-from peft_autoqra.search_metrics import trial_metrics
+from peft_autoqra.search_metrics import summary_metrics, trial_metrics
 from peft_autoqra.search_tracker import TRACKING_FILE, SearchTracker
 from tests.tiny_data import token_dataset, word_tokenizer
 from tests.tiny_progress import make_progress, make_trial
@@ -36,6 +38,7 @@ RESULT = SimpleNamespace(
     margin=None,
     seconds=72.0,
     cost=0.5,
+    objective=HELD_OUT_LOSS,
     verdict="There was no searched plan to compare with.",
 )
 
@@ -79,7 +82,7 @@ class Recorder(TrainerCallback):
 def _watch(tracker: SearchTracker, *, begin: int = 0, end: int = len(TRIALS), result=RESULT) -> None:
     tracker.on_search_begin(make_progress(*TRIALS[:begin]))
     for number in range(begin, end):
-        tracker.on_trial_end(TRIALS[number], make_progress(*TRIALS[: number + 1], num_pending=1))
+        tracker.on_trial_end(TRIALS[number], make_progress(*TRIALS[: number + 1], num_running=1))
     tracker.on_search_end(result, make_progress(*TRIALS[:end]))
 
 
@@ -173,6 +176,32 @@ def test_best_loss_is_of_the_first_seed_at_the_recipes_learning_rate():
     object.__setattr__(other_seed.fidelity, "seed", 1)
     metrics = trial_metrics([TRIALS[0], other_seed], calibration_cost=0.0, seed=0)
     assert (metrics["eval_loss"], metrics["eval_best_loss"]) == (3.5, 4.0)
+
+
+def test_figures_of_another_objective_have_its_name_and_its_direction():
+    accuracy = ObjectiveInfo("my task acc,none", greater_is_better=True)
+    told = [make_trial(0, -0.5, origin="baseline"), make_trial(1, -0.25)]
+    metrics = trial_metrics(told, calibration_cost=0.0, seed=0, objective=accuracy)
+    figures = {name: value for name, value in metrics.items() if name.startswith("eval_")}
+    assert figures == {
+        "eval_my_task_acc_none": 0.25,
+        "eval_my_task_acc_none_after_8_steps": 0.25,
+        "eval_best_my_task_acc_none": 0.5,
+        "eval_best_baseline_my_task_acc_none": 0.5,
+    }
+    winner = SimpleNamespace(first=told[0], loss=-0.5)
+    margin = paired_difference([[-1.0, -1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, -1.0]])  # a quarter more are right
+    result = SimpleNamespace(**vars(RESULT) | {"winner": winner, "margin": margin, "objective": accuracy})
+    result.num_searched = 1
+    summary = summary_metrics(result)
+    assert summary["eval_winner_my_task_acc_none"] == 0.5
+    assert summary["eval_margin_low"] < summary["eval_margin"] == 0.25 < summary["eval_margin_high"]
+
+
+def test_a_search_that_ends_before_its_trackers_are_opened_leaves_them_alone(make_tracker):
+    recorder = Recorder()
+    make_tracker(ReportingIntegration("one", recorder)).on_search_end(None, make_progress())
+    assert not recorder.heard
 
 
 def test_trackers_that_are_missing_or_unknown_are_refused_at_once():

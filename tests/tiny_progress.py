@@ -22,9 +22,9 @@ def make_trial(number: int, loss: float | None, *, steps: int = 8, seconds: floa
     return Trial(number=number, plan=PLAN, total_bytes=1000, result=result, **settings)
 
 
-def make_progress(*trials: Trial, num_pending: int = 0, **changes: Any) -> SearchProgress:
+def make_progress(*trials: Trial, num_running: int = 0, **changes: Any) -> SearchProgress:
     """Progress where calibration cost 0.2, pending trials 0.1 each, and the limit is 2 fine-tunes."""
-    pending_cost = 0.1 * num_pending
+    pending_cost = 0.1 * num_running
     last = [trial for trial in trials if trial.loss is not None and trial.fidelity.num_steps == 8]
     settings = {
         "cost": 0.2 + sum(trial.cost for trial in trials) + pending_cost,
@@ -35,4 +35,4 @@ def make_progress(*trials: Trial, num_pending: int = 0, **changes: Any) -> Searc
         "best": min(last, key=lambda trial: trial.loss, default=None),
         "best_baseline": next((trial for trial in last if trial.origin == "baseline"), None),
     }
-    return SearchProgress(trials=trials, num_pending=num_pending, pending_cost=pending_cost, **settings | changes)
+    return SearchProgress(trials=trials, num_running=num_running, pending_cost=pending_cost, **settings | changes)

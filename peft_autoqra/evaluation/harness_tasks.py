@@ -175,7 +175,8 @@ class TaskObjective:
 
     def __init__(self, task: str, metric: str | None = None) -> None:
         """Load the task."""
-        self._names = (task, metric)
+        place = str(Path(task).resolve()) if Path(task).is_file() else task  # workers may run in other folders
+        self._names = (place, metric)
         self._tasks = HarnessTasks([task])
         if len(self._tasks.tasks) != 1:
             raise EvaluationError(f"{task!r} stands for {len(self._tasks.tasks)} tasks; name one of them.")

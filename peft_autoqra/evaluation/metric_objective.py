@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -81,12 +82,18 @@ class MetricObjective:
         """
         metric = BUILTIN_METRICS[name](keep_in_memory=True) if name in BUILTIN_METRICS else _load(name)
         objective = cls(metric, key=key, max_new_tokens=max_new_tokens)
-        objective._made_from = (name, key, max_new_tokens)
+        objective._made_from = (_place(name), key, max_new_tokens)
         return objective
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A script's class is not known to another process, which loads it again."""
         return super().__reduce_ex__(protocol) if self._made_from is None else (self.named, self._made_from)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the metric's locks, which are this process's: it keeps them when it has released them."""
+        metric = self.metric  # a copy would not do, whose methods are bound to the original
+        metric.filelock = metric.filelocks = metric.rendez_vous_lock = None
+        return vars(self)
 
     def check(self, examples: Dataset) -> None:
         """See :class:`~peft_autoqra.evaluation.objective.Objective`; the metric is tried on perfect predictions."""
@@ -160,6 +167,13 @@ def _load(name: str) -> EvaluationModule:
         ) from error
     except Exception as error:  # a script raises what it likes
         raise EvaluationError(f"The metric {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _place(name: str) -> str:
+    """A script as it is found from other folders, where workers may run; other names as they are."""
+    path = Path(name)
+    is_script = path.is_file() or path.joinpath(f"{path.name}.py").is_file()
+    return str(path.resolve()) if is_script and name not in BUILTIN_METRICS else name
 
 
 def _features(metric: EvaluationModule) -> Features:

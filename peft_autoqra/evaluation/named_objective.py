@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,8 @@ class FunctionObjective:
     """A function of model, tokenizer and examples as an :class:`~peft_autoqra.evaluation.objective.Objective`.
 
     Args:
-        function: gives one loss for each example, lower being better.
+        function: gives one loss for each example, lower being better. It is called without gradients. Searches know it
+            again by its name and source text, not by what it takes from elsewhere.
     """
 
     def __init__(self, function: ExampleLosses) -> None:
@@ -94,7 +96,8 @@ class FunctionObjective:
         was_training = model.training
         model.eval()
         try:
-            losses: Any = self._function(model, data.processing_class, examples)
+            with torch.no_grad():
+                losses: Any = self._function(model, data.processing_class, examples)
         finally:
             model.train(was_training)
         values = tuple(map(float, losses)) if hasattr(losses, "__len__") else ()

@@ -98,7 +98,7 @@ class SFTData:
                 f"{args.dataset_text_field!r} (dataset_text_field), 'messages', 'prompt' and 'completion', or "
                 "'input_ids'."
             ) from error
-        self._given, self._max_length = eval_dataset, args.max_length
+        self.given, self._max_length = eval_dataset, args.max_length
         self.train: Dataset = trainer.train_dataset
         self.held_out: Dataset = trainer.eval_dataset
         self.processing_class = trainer.processing_class
@@ -113,7 +113,7 @@ class SFTData:
     def examples(self) -> HeldOutExamples:
         """The held-out data as it was given."""
         return HeldOutExamples(
-            self._given, self.processing_class, self._batch_size, self._max_length, mean_length(self.held_out)
+            self.given, self.processing_class, self._batch_size, self._max_length, mean_length(self.held_out)
         )
 
     def batches(self, dataset: Dataset, num_sequences: int) -> list[Mapping[str, Any]]:

@@ -20,6 +20,6 @@ def make_executor(args: ExecutorArguments) -> TrialExecutor:
     return RayExecutor(
         address=args.ray_address,
         num_workers=args.num_workers,
-        cpus_per_worker=args.cpus_per_worker or 1,
+        cpus_per_worker=1 if args.cpus_per_worker is None else args.cpus_per_worker,
         gpus_per_worker=args.gpus_per_worker,
     )

@@ -85,7 +85,15 @@ class RayExecutor:
         return max(1, sum(worker.is_ready for worker in self._workers))
 
     def open(self, source: WorkerSource) -> None:
-        """Start as many workers as there is room for."""
+        """Start as many workers as there is room for.
+
+        Raises:
+            ExecutorError: the cluster is gone, with an earlier search of this executor for instance.
+        """
+        if not self._ray.is_initialized():
+            raise ExecutorError(
+                "This executor's Ray cluster is gone, as it is after a search; make a new RayExecutor."
+            )
         self._source = source
         gpus = float(source.needs_gpu) if self._gpus is None else self._gpus
         weights = {"GPU": gpus} if gpus else {"memory": float(MEMORY_COPIES * source.weight_bytes)}
@@ -114,8 +122,9 @@ class RayExecutor:
 
     def close(self) -> None:
         """End the workers; and the cluster, if it was started for this search."""
-        for worker in self._workers:
-            self._ray.kill(worker.actor)
+        if self._ray.is_initialized():  # else they are gone with their cluster
+            for worker in self._workers:
+                self._ray.kill(worker.actor)
         self._workers.clear()
         self._queue.clear()
         self._shipped.clear()

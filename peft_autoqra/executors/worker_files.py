@@ -15,13 +15,18 @@ import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_from_disk
 
 from peft_autoqra.errors import ExecutorError
+from peft_autoqra.evaluation.objective import Objective
 from peft_autoqra.importance.calibration_bank import CalibrationBank, open_calibration_bank
 from peft_autoqra.search_setup import SearchSetup
 
 PACKAGES = ("peft-autoqra", "torch", "transformers", "peft", "trl")
 """Of another version the same trial may give another loss, or none."""
 
-_SETUP, _VERSIONS, _SPLITS = "setup.pt", "versions.json", ("train", "held_out")
+_SETUP, _VERSIONS, _SPLITS = "setup.pt", "versions.json", ("train", "held_out", "given")
+_IN_A_MODULE = (
+    "define functions and classes that the search uses in a module that every worker can import, not in the main "
+    "script or in a function"
+)
 
 
 class WorkerFilesNotSeenError(ExecutorError):
@@ -84,10 +89,21 @@ def write_worker_files(setup: SearchSetup, bank: CalibrationBank, folder: Path, 
         ) from error
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise ExecutorError(
-            f"Model, data and settings cannot be sent to other processes ({error}); define functions and classes "
-            "that they use in a module that can be imported, not in the main script."
+            f"Model, data and settings cannot be sent to other processes ({error}); {_IN_A_MODULE}."
         ) from error
     return WorkerFiles(folder.resolve(), bank_folder.resolve())
+
+
+def check_can_be_sent(objective: Objective | None) -> None:
+    """Refuse an objective that :func:`write_worker_files` could not write; costs nothing.
+
+    Raises:
+        ExecutorError: it cannot be pickled.
+    """
+    try:
+        pickle.dumps(objective)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise ExecutorError(f"The objective cannot be sent to other processes ({error}); {_IN_A_MODULE}.") from error
 
 
 def read_worker_files(files: WorkerFiles, *, use_cpu: bool = False) -> tuple[SearchSetup, CalibrationBank]:
@@ -123,7 +139,9 @@ def read_worker_files(files: WorkerFiles, *, use_cpu: bool = False) -> tuple[Sea
         vars(setup.args).pop("_setup_devices", None)  # the search's; each process has its own
         setup.args.use_cpu = setup.args.use_cpu or use_cpu
         setup.model.to(setup.args.device)
-    except (AttributeError, ImportError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (AttributeError, ImportError) as error:
+        raise ExecutorError(f"A worker lacks code of the search ({error}); {_IN_A_MODULE}.") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ExecutorError(f"A worker cannot load the model and its settings: {error}") from error
     return setup, open_calibration_bank(settings, fingerprint, files.bank)
 

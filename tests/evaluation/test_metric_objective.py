@@ -81,6 +81,13 @@ def test_an_instance_of_a_class_of_ones_own(model, data):
     assert objective.score(model, data, 12).value == pytest.approx(expected)
 
 
+def test_a_metric_that_keeps_files_goes_to_other_processes(model, data, tmp_path):
+    objective = make_objective(ExactMatch(cache_dir=str(tmp_path)), max_new_tokens=2)
+    objective.check(data.examples)  # it has locked its files by now
+    again = pickle.loads(pickle.dumps(objective))
+    assert again.score(model, data, 12) == objective.score(model, data, 12)
+
+
 def test_what_judging_costs(data):
     tokenizer, rows = data.processing_class, list(data.examples)
     prompts = [len(tokenizer(row["prompt"])["input_ids"]) for row in rows]

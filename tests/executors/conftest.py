@@ -21,7 +21,10 @@ MakeSearcher = Callable[..., AutoQRASearcher]
 def make_searcher(tiny_llama, tmp_path_factory) -> MakeSearcher:
     cache_dir = tmp_path_factory.mktemp("cache")
 
-    def make(output_dir, model: PreTrainedModel | None = None, callbacks=(), **changes) -> AutoQRASearcher:
+    def make(
+        output_dir, model: PreTrainedModel | None = None, callbacks=(), *, data=None, judge=None, **changes
+    ) -> AutoQRASearcher:
+        train, held_out = data or (token_dataset(seed=0), token_dataset(seed=1))
         settings = {
             "memory_budget": "qlora-4bit-r16",
             "rank_choices": [0, 2, 4],
@@ -46,8 +49,8 @@ def make_searcher(tiny_llama, tmp_path_factory) -> MakeSearcher:
         )
         return AutoQRASearcher(
             tiny_llama() if model is None else model,
-            train_dataset=token_dataset(seed=0),
-            eval_dataset=token_dataset(seed=1),
+            train_dataset=train,
+            eval_dataset=held_out,
             processing_class=word_tokenizer(),
             args=args,
             search_config=AutoQRASearchConfig(
@@ -55,6 +58,7 @@ def make_searcher(tiny_llama, tmp_path_factory) -> MakeSearcher:
             ),
             show_progress=False,
             callbacks=callbacks,
+            objective=judge,
         )
 
     return make

@@ -13,6 +13,7 @@ from peft_autoqra.errors import ExecutorError
 from peft_autoqra.executors.futures_executor import FuturesExecutor
 from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.trial import TrialStatus
+from tests.evaluation.tiny_questions import F1_SCRIPT, questions, write_script
 from tests.executors.conftest import check_counted_once, outcomes
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -78,6 +79,31 @@ def test_any_pool_may_lose_trials(make_searcher, whole, tmp_path):
     assert failed.result.status is TrialStatus.FAILED
     assert "lost 3 times, the last time because: ConnectionResetError: the machine went away" in failed.result.error
     assert not pool.is_shut_down  # it is not ours
+
+
+@pytest.mark.timeout(240)
+def test_a_metric_script_decides_in_other_processes(make_searcher, metric_modules, tmp_path, monkeypatch):
+    """The script is found from another folder than the search was set up in."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(metric_modules))  # of the processes
+    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
+    write_script(tmp_path, "macro_f1", F1_SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    settings = {"data": (questions(seed=1), questions(seed=2)), "objective": "./macro_f1.py:f1", "max_trials": 5}
+    searchers = [make_searcher(tmp_path / name, **settings) for name in ("pool", "one")]
+    monkeypatch.chdir("/")
+    with ProcessPoolExecutor(2, mp_context=SPAWN) as pool:
+        result = searchers[0].run(FuturesExecutor(pool, threads_per_worker=1), deterministic=True)
+    assert not [trial.result.error for trial in result.trials if trial.result.error]
+    assert all(trial.result.metrics["macro_f1:f1"] == -trial.loss for trial in result.trials)
+    assert outcomes(result.trials) == outcomes(searchers[1].run(deterministic=True).trials)
+
+
+def test_an_objective_that_cannot_be_sent_is_refused_before_calibration(make_searcher, tmp_path, monkeypatch):
+    searcher = make_searcher(tmp_path, judge=lambda model, tokenizer, examples: [0.0 for _ in examples])
+    monkeypatch.setattr(searcher, "calibrate", lambda: pytest.fail("calibrated"))
+    with pytest.raises(ExecutorError, match=r"objective cannot be sent to other processes .*in a module"):
+        searcher.run(FuturesExecutor(PoolOfOnesOwn(), num_workers=1))
+    assert not searcher.output_dir.joinpath("trials.jsonl").exists()
 
 
 def test_what_a_worker_lacks_ends_the_search_before_a_trial_is_blamed(make_searcher, tmp_path):

@@ -20,7 +20,9 @@ from peft_autoqra.executors.worker_files import WorkerFiles
 from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.trial import TrialResult, TrialStatus
 from tests.conftest import REPOSITORY
+from tests.evaluation.tiny_questions import questions
 from tests.executors.conftest import check_counted_once, outcomes
+from tests.executors.logit_objective import mean_logits
 from tests.executors.misfortunes import Misfortune, UnseenFiles
 from tests.tiny_folder import SEARCH_FLAGS, make_tiny_folder
 
@@ -55,7 +57,7 @@ class Watch(SearchCallback):
 
     def on_trial_begin(self, trial, progress):
         self.begun.append(trial.number)
-        self.most_pending = max(self.most_pending, progress.num_pending)
+        self.most_pending = max(self.most_pending, progress.num_running)
         self._on_begin(trial)
 
     def on_trial_end(self, trial, progress):
@@ -115,6 +117,15 @@ def test_interrupted_on_machines_without_the_folders_and_resumed_in_one_process(
     result = make_searcher(tmp_path).run(deterministic=True)
     assert outcomes(result.trials) == whole
     check_counted_once(result)
+
+
+def test_a_function_decides_on_machines_without_the_folders(cluster, make_searcher, tmp_path):
+    settings = {"data": (questions(seed=1), questions(seed=2)), "judge": mean_logits, "max_trials": 4}
+    result = make_searcher(tmp_path / "ray", **settings).run(OnOtherMachines(num_workers=2), deterministic=True)
+    assert not [trial.result.error for trial in result.trials if trial.result.error]
+    assert outcomes(result.trials) == outcomes(
+        make_searcher(tmp_path / "one", **settings).run(deterministic=True).trials
+    )
 
 
 def test_files_through_the_object_store(cluster, make_searcher, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from peft_autoqra.errors import ExecutorError
 from peft_autoqra.executors.ray_executor import RayExecutor
 from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.trial import TrialStatus
@@ -50,7 +51,7 @@ def test_a_machine_joins_and_the_first_one_leaves(cluster, make_searcher, tiny_l
                 pause.touch()
                 cluster.add_node(num_cpus=1, **NODE)
                 events.append("joined")
-            elif progress.num_pending == 2 and "left" not in events:
+            elif progress.num_running == 2 and "left" not in events:
                 cluster.remove_node(first, allow_graceful=False)
                 pause.unlink()
                 events.append("left")
@@ -87,3 +88,14 @@ def test_a_machine_that_cannot_load_the_model_is_left_out(cluster, make_searcher
     check_counted_once(result)
     assert "A worker could not begin, and is left out: A worker cannot load the model" in caplog.text
     assert all(trial.result.status is TrialStatus.COMPLETED for trial in result.trials)
+
+
+@pytest.mark.slow
+def test_an_executor_that_started_its_cluster_serves_one_search(make_searcher, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    executor = RayExecutor(num_workers=1)
+    executor.close()
+    assert not ray.is_initialized()
+    with pytest.raises(ExecutorError, match=r"cluster is gone, .*make a new RayExecutor"):
+        make_searcher(tmp_path).run(executor)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 
 from peft_autoqra.errors import CalibrationError, ExecutorError
+from peft_autoqra.evaluation.named_objective import FunctionObjective
 from peft_autoqra.executors.worker import TrialWorker, WorkerSettings, evaluate_here
 from peft_autoqra.executors.worker_files import WorkerFiles, WorkerFilesNotSeenError, write_worker_files
 from peft_autoqra.executors.worker_source import WorkerSource
@@ -111,6 +114,17 @@ def test_what_a_worker_cannot_use_is_named(source, tmp_path):
     (files.folder / "versions.json").write_text(json.dumps(versions))
     (files.folder / "setup.pt").write_bytes(b"nothing")
     with pytest.raises(ExecutorError, match="cannot load the model"):
+        TrialWorker(files, SETTINGS)
+
+
+def test_code_that_a_worker_lacks_is_named(opened, tmp_path, monkeypatch):
+    (tmp_path / "own_losses.py").write_text("def losses(model, tokenizer, examples): return [0.0 for _ in examples]")
+    with monkeypatch.context() as here:
+        here.syspath_prepend(tmp_path)
+        here.setattr(opened.setup, "objective", FunctionObjective(importlib.import_module("own_losses").losses))
+        files = write_worker_files(opened.setup, opened.calibrate(), tmp_path / "files", tmp_path)
+        del sys.modules["own_losses"]
+    with pytest.raises(ExecutorError, match=r"lacks code of the search \(No module named 'own_losses'\); define"):
         TrialWorker(files, SETTINGS)
 
 
