@@ -1,4 +1,4 @@
-"""Loss, or what else plans were chosen for, against memory: every plan that was compared, the Pareto front, baselines with their intervals."""
+"""What plans were chosen by against memory: every plan that was compared, the Pareto front, baselines, intervals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def front_figure(
     legend(drawing.figure, [point.stage for point in points], lines)
     if len(shown) < len(points):
         worst = objective.figure(max(point.difference for point in points))
-        note = f"{len(points) - len(shown)} worse, up to {worst:+.2f}, not drawn"
+        reach = "down" if objective.greater_is_better else "up"
+        note = f"{len(points) - len(shown)} worse, {reach} to {worst:+.2f}, not drawn"
         axes = drawing.figure.axes[0]
         axes.text(0.01, 0.98, note, transform=axes.transAxes, va="top", size=SMALL, color=colours.SOFT)
     return drawing

@@ -176,13 +176,13 @@ def search_section(provenance: Mapping[str, Any]) -> str:
         for point in points
     ]
     picture = (
-        f"![{escaped(objective.heading)} against memory: the Pareto front of the search and the plans that need no search. The table "
-        f"below says the same.]({FRONT_FILE})"
+        f"![{escaped(objective.heading)} against memory: the Pareto front of the search and the plans that need no "
+        f"search. The table below says the same.]({FRONT_FILE})"
     )
     better = "higher" if objective.greater_is_better else "lower"
     note = (
-        f"The {escaped(objective.title)}, {better} is better: on the held-out sequences and training seeds that both had; "
-        "the plan was chosen on them."
+        f"The {escaped(objective.title)}, {better} is better: on the held-out sequences and training seeds that both "
+        "had; the plan was chosen on them."
     )
     return "\n\n".join(
         [

@@ -250,7 +250,7 @@ def _trial_row(record: Mapping[str, Any], end_seconds: float) -> TrialRow:
 
 
 def _objective_under_way(identity: Mapping[str, Any], trials: Sequence[TrialRow]) -> ObjectiveInfo:
-    """The log has no names of figures but those beside the losses: that of an objective is its loss, or the negative."""
+    """The log names figures beside the losses only; that of the objective is the loss, or its negative."""
     if identity.get("objective", "loss") == "loss":
         return HELD_OUT_LOSS
     for trial in trials:

@@ -29,22 +29,22 @@ _PLAN_CAPTION = (
     "cell for its module."
 )
 _FRONT_CAPTION = (
-    "Every plan at the last fidelity. {Lower} is better, further left is smaller; right of the dashed line is over the "
-    "budget. The line is the Pareto front: plans that no other beats in both. Differences are of the same held-out "
-    "sequences and training seeds; the bars of named plans are 95% intervals."
+    "Every plan at the last fidelity. {Lower} is better, further left is smaller; right of the dashed line is over "
+    "the budget. The line is the Pareto front: plans that no other beats in both. Differences are of the same "
+    "held-out sequences and training seeds; the bars of named plans are 95% intervals."
 )
 _MEMORY_CAPTION = (
     "Bytes while training. Blue and grey are frozen, orange is trained. Activations are not counted. Stored are "
     "weights, metadata, untouched modules and adapters."
 )
 _TIMELINE_CAPTION = (
-    "Every trial: a line from its start to its end, and the {loss} at its end, {lower} is better. Different panels cannot "
-    "be compared. The confirmation trains with other seeds, which lie elsewhere; the best so far is of the first seed "
-    "alone."
+    "Every trial: a line from its start to its end, and the {loss} at its end, {lower} is better. Different panels "
+    "cannot be compared. The confirmation trains with other seeds, which lie elsewhere; the best so far is of the "
+    "first seed alone."
 )
 _STAGES_CAPTION = (
-    "Right of zero: the stage found a better plan than all stages before it. The {loss} is of the last fidelity and the "
-    "first seed; the interval is of that one comparison, and each stage shows the best of its plans, "
+    "Right of zero: the stage found a better plan than all stages before it. The {loss} is of the last fidelity and "
+    "the first seed; the interval is of that one comparison, and each stage shows the best of its plans, "
     "so small gains may be luck. Whether the search won is what the verdict says, over several seeds."
 )
 _COMPARED_NOTE = (

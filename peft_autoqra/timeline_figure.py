@@ -74,7 +74,8 @@ def _draw_panel(
         zorder=2,
     )
     num_far = sum(loss > limit for loss in losses)
-    far = f"; {num_far} worse, up to {objective.figure(max(losses)):.2f}, not drawn" if num_far else ""
+    reach = "down" if objective.greater_is_better else "up"
+    far = f"; {num_far} worse, {reach} to {objective.figure(max(losses)):.2f}, not drawn" if num_far else ""
     name = "before training" if trials[0].num_steps == 0 else f"after {trials[0].num_steps} steps"
     axes.set_title(f"{name}: {len(trials)} trials, best {objective.figure(min(best)):.4f}{far}")
     axes.set_ylim(*_limits(min(losses), max(loss for loss in losses if loss <= limit)))
