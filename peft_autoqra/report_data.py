@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,24 +144,33 @@ def read_report_data(directory: Path) -> ReportData:
         raise SearchStateError(
             f"{directory} holds neither {_TRIALS_FILE} of a search nor {PLAN_FILE}; give a search's output_dir."
         )
-    recipe = directory / _RECIPE_FILE
     known = result or (plan.provenance if plan else {})
-    objective = objective_from(known) if known else _objective_under_way(identity or {}, trials)
-    return ReportData(
+    recipe = directory / _RECIPE_FILE
+    data = ReportData(
         directory=directory,
         plan=plan,
-        compared=_compared(result, plan) if result else (),
         trials=trials,
         points=points_from(known),
-        calibration=_calibration(result, trials) if result else None,
-        surrogate_checks=tuple((result or {}).get("surrogate_checks", ())),
         budget=budget_from(known),
         identity=identity,
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
-        seconds=result.get("seconds") if result else None,
-        verdict=result.get("verdict") if result else None,
-        cost=(result["cost"], result["max_cost"]) if result else None,
-        objective=objective,
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
+        objective=objective_from(known) if known else _objective_under_way(identity or {}, trials),
+    )
+    try:
+        return data if result is None else _with_result(data, result)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SearchStateError(_damaged(directory / _RESULT_FILE, error)) from error
+
+
+def _with_result(data: ReportData, result: Mapping[str, Any]) -> ReportData:
+    return replace(
+        data,
+        compared=_compared(result, data.plan),
+        calibration=_calibration(result, data.trials),
+        surrogate_checks=tuple(result.get("surrogate_checks", ())),
+        seconds=result["seconds"],
+        verdict=result.get("verdict"),
+        cost=(result["cost"], result["max_cost"]),
     )
 
 
@@ -183,10 +192,14 @@ def _read_result(path: Path) -> dict[str, Any] | None:
     try:
         result: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
-        raise SearchStateError(
-            f"{path} is damaged ({error}); run the search again, finished trials are kept."
-        ) from error
+        raise SearchStateError(_damaged(path, error)) from error
+    if not isinstance(result, dict) or not result:
+        raise SearchStateError(_damaged(path, TypeError("no result of a search")))
     return result
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path} is damaged ({error!r}); run the search again, finished trials are kept."
 
 
 def _read_trials(path: Path) -> tuple[dict[str, Any] | None, tuple[TrialRow, ...]]:

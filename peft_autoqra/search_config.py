@@ -49,7 +49,9 @@ class SearchArguments:
 
     memory_budget: str = field(
         default="qlora-4bit-r16",
-        metadata={"help": "Bytes at most, 6GB, 3.2bit (stored per weight), qlora-4bit-r16 or 0.75*qlora-4bit-r16."},
+        metadata={
+            "help": "Limit: bytes such as 6GB, stored bits per weight such as 3.2bit, or [0.75*]qlora-4bit-r16."
+        },
     )
     scope: str | None = field(
         default=None,

@@ -363,6 +363,18 @@ def test_damaged_file_is_named(search_directory, name):
         write_report(search_directory)
 
 
+@pytest.mark.parametrize("content", ["{}", "3", '{"winner": 1}', '{"winner": {"memory": {"x": 1}}, "baselines": {}}'])
+def test_a_result_of_something_else_is_damaged_too(search_directory, content):
+    (search_directory / "search_result.json").write_text(content)
+    with pytest.raises(SearchStateError, match=r"search_result.json is damaged .* run the search again"):
+        write_report(search_directory)
+
+
+def test_a_recipe_in_another_encoding_is_shown_as_far_as_it_goes(search_directory):
+    (search_directory / "recipe.yaml").write_bytes(b"run_name: caf\xe9\n")
+    assert "run_name: caf\N{REPLACEMENT CHARACTER}" in write_report(search_directory).read_text()
+
+
 def test_directory_without_search_or_plan(tmp_path):
     with pytest.raises(SearchStateError, match="neither"):
         write_report(tmp_path)
