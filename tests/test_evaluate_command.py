@@ -121,7 +121,8 @@ def test_a_quantized_base_and_a_plan_are_what_they_are_without_training(places, 
     data = ["--eval_file", places.questions, "--max_length", "64"]
     sums, counts = answer_losses(base.eval(), questions(num=10))
     quantized = evaluated(tmp_path, str(tmp_path / "base"), *data)
-    plan = evaluated(tmp_path, str(tmp_path / "plan"), "--model_name_or_path", places.model, *data)
+    plan = evaluated(tmp_path, str(tmp_path), "--model_name_or_path", places.model, *data)  # as of a search
+    assert plan["model"] == str(tmp_path / "plan")
     assert quantized["figures"][0]["value"] == pytest.approx(sums.sum() / counts.sum(), rel=1e-4)
     assert plan["figures"][0]["value"] == pytest.approx(quantized["figures"][0]["value"], rel=1e-4)
 
