@@ -12,6 +12,7 @@ from peft_autoqra.drawing import plot_settings
 from peft_autoqra.front_figure import front_figure
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.memory_figure import memory_figure
+from peft_autoqra.objective_info import ObjectiveInfo, objective_from
 from peft_autoqra.plan_grid import BitsAndRank
 from peft_autoqra.plan_picture import PICTURE_FILE, draw_plan
 from peft_autoqra.plan_points import PlanPoint, budget_from, points_from
@@ -40,11 +41,11 @@ def write_card_pictures(
         Names of the files that are there now. None can be drawn where matplotlib is broken or a file cannot be
         written; that is a warning, since saving a model must not fail because of it.
     """
-    budget = budget_from(provenance or {})
-    points = points_from(provenance or {})
+    known = provenance or {}
+    budget, points, objective = budget_from(known), points_from(known), objective_from(known)
     drawn: dict[str, Callable[[], bytes | None]] = {PICTURE_FILE: lambda: draw_plan(layers)}
     if points:
-        drawn[FRONT_FILE] = lambda: _draw_front(points, budget)
+        drawn[FRONT_FILE] = lambda: _draw_front(points, budget, objective)
     if memory is not None and memory.total_bytes > 0:
         drawn[MEMORY_FILE] = lambda: _draw_memory(memory, budget)
     return frozenset(name for name, draw in drawn.items() if _write(directory / name, draw))
@@ -72,9 +73,9 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 @lru_cache(maxsize=4)
-def _draw_front(points: tuple[PlanPoint, ...], budget: tuple[int, str] | None) -> bytes:
+def _draw_front(points: tuple[PlanPoint, ...], budget: tuple[int, str] | None, objective: ObjectiveInfo) -> bytes:
     with plot_settings():
-        return front_figure(points, budget).to_png()
+        return front_figure(points, budget, objective).to_png()
 
 
 @lru_cache(maxsize=4)

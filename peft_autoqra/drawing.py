@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from peft_autoqra import colours
+from peft_autoqra.objective_info import ObjectiveInfo
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -106,6 +107,13 @@ class Drawing:
             f'<svg id="figure-{name}" role="img" aria-label="{escape(self.title)}" style="{size}" '
             f'viewBox="0 0 {width * 72:g} {height * 72:g}">{inner}</svg>'
         )
+
+
+def label_as_figure(axes: Axes, objective: ObjectiveInfo) -> None:
+    """Turn axes with losses on y over where greater is better, and label them with the figure that losses are of."""
+    if objective.greater_is_better:
+        axes.invert_yaxis()
+        axes.yaxis.set_major_formatter(lambda loss, _: f"{objective.figure(loss):g}".replace("-", "\N{MINUS SIGN}"))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_file import PLAN_FILE
 from peft_autoqra.recipe import ModelArguments, RecipeError
 from peft_autoqra.recipe_inputs import load_base_model
+from peft_autoqra.search_result import PLAN_FOLDER
 from peft_autoqra.tuner.config import AutoQRAConfig
 
 
@@ -43,7 +45,7 @@ class EvaluatedModel:
         """See what lies in a folder or repository; loads nothing large.
 
         Args:
-            name: hub id or folder.
+            name: hub id or folder; of a search's ``output_dir`` it is the plan.
             model_args: ``model_name_or_path`` goes before the base that an adapter or plan names.
 
         Raises:
@@ -51,6 +53,8 @@ class EvaluatedModel:
             AutoQRAError: an adapter or plan that cannot be read.
         """
         given = model_args.model_name_or_path if model_args.model_name_or_path != name else None
+        if (plan := Path(name, PLAN_FOLDER) / PLAN_FILE).is_file() and not Path(name, PLAN_FILE).is_file():
+            name = str(plan.parent)  # of a search
         if _has(name, ADAPTER_CONFIG):
             base, kind = given or _read("adapter", name, PeftConfig).base_model_name_or_path, "adapter"
         elif _has(name, PLAN_FILE):

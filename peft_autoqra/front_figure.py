@@ -1,4 +1,4 @@
-"""Held-out loss against memory: every plan that was compared, the Pareto front, baselines with their intervals."""
+"""What plans were chosen by against memory: every plan that was compared, the Pareto front, baselines, intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from peft_autoqra import colours
-from peft_autoqra.drawing import SMALL, WIDTH, Drawing
+from peft_autoqra.drawing import SMALL, WIDTH, Drawing, label_as_figure
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.plan_points import PlanPoint, pareto_front
 from peft_autoqra.stage_marks import LINES, MARKERS, legend, stage_title
 from peft_autoqra.units import format_bytes
@@ -21,19 +22,24 @@ _HEIGHT = 3.5
 _LEFT, _RIGHT, _BETWEEN = 0.1, 0.985, 0.085  # shares of the width
 _CHARACTER, _LINE = 0.6, SMALL * 1.3  # width of a letter as a share of its height; height of a line in points
 _CROWDED, _MIN_CROWD = 0.06, 4  # of the range of bytes; points
-_LEAST_RANGE = 0.004  # nats per token; smaller differences look as small as they are
+_LEAST_RANGE = 0.004  # of nats per token, or another figure; smaller differences look as small as they are
 _FAR = 4.0  # times the spread of the better half; worse points are named at the edge, not drawn
 
 
-def front_figure(points: Sequence[PlanPoint], budget: tuple[int, str] | None) -> Drawing:
+def front_figure(
+    points: Sequence[PlanPoint], budget: tuple[int, str] | None, objective: ObjectiveInfo = HELD_OUT_LOSS
+) -> Drawing:
     """Draw it, inside of ``with plot_settings():``.
 
     Args:
         points: at least one.
         budget: bytes and what they limit, where known.
+        objective: what losses are of; the figure itself is drawn.
     """
     scope = f" ({budget[1]})" if budget else ""
-    drawing = Drawing(WIDTH, _HEIGHT, f"Held-out loss against memory{scope} of {len(points)} plans, and their front")
+    drawing = Drawing(
+        WIDTH, _HEIGHT, f"{objective.heading} against memory{scope} of {len(points)} plans, and their front"
+    )
     top = _highest_shown(points)
     shown = [point for point in points if point.difference <= top]
     crowd = _crowd(shown)
@@ -42,15 +48,18 @@ def front_figure(points: Sequence[PlanPoint], budget: tuple[int, str] | None) ->
     for index, (inside, title) in enumerate(panels):
         axes = drawing.figure.add_axes((_LEFT + index * (width + _BETWEEN), 0.135, width, 0.72))
         axes.set_title(title)
-        _draw_panel(drawing, axes, inside, budget, is_enlarged=index > 0)
+        _draw_panel(drawing, axes, inside, budget, objective, is_enlarged=index > 0)
         _name_points(drawing, axes, inside, _unit(inside)[1], unnamed=crowd if index == 0 else ())
         axes.set_xlabel(f"memory{scope}, {_unit(inside)[0]}")
-    drawing.figure.axes[0].set_ylabel("held-out loss minus the winner's, nats per token")
+    drawing.figure.axes[0].set_ylabel(
+        objective.title.replace(objective.name, f"{objective.name} minus the winner's", 1)
+    )
     lines = ("Pareto front", "budget") if budget else ("Pareto front",)
     legend(drawing.figure, [point.stage for point in points], lines)
     if len(shown) < len(points):
-        worst = max(point.difference for point in points)
-        note = f"{len(points) - len(shown)} worse, up to {worst:+.2f}, not drawn"
+        worst = objective.figure(max(point.difference for point in points))
+        reach = "down" if objective.greater_is_better else "up"
+        note = f"{len(points) - len(shown)} worse, {reach} to {worst:+.2f}, not drawn"
         axes = drawing.figure.axes[0]
         axes.text(0.01, 0.98, note, transform=axes.transAxes, va="top", size=SMALL, color=colours.SOFT)
     return drawing
@@ -65,7 +74,13 @@ def _crowd(points: Sequence[PlanPoint]) -> list[PlanPoint]:
 
 
 def _draw_panel(
-    drawing: Drawing, axes: Axes, points: Sequence[PlanPoint], budget: tuple[int, str] | None, is_enlarged: bool
+    drawing: Drawing,
+    axes: Axes,
+    points: Sequence[PlanPoint],
+    budget: tuple[int, str] | None,
+    objective: ObjectiveInfo,
+    *,
+    is_enlarged: bool,
 ) -> None:
     divisor = _unit(points)[1]
     front = pareto_front(points)
@@ -78,7 +93,7 @@ def _draw_panel(
         zorder=2,
     )
     for point in points:
-        _mark(drawing, axes, point, divisor)
+        _mark(drawing, axes, point, divisor, objective)
     axes.grid(color=colours.LINE, linewidth=0.5)
     axes.set_axisbelow(True)
     axes.margins(x=0.1, y=0.13)
@@ -86,6 +101,7 @@ def _draw_panel(
     missing = max(0.0, _LEAST_RANGE - (high - low)) / 2
     axes.set_ylim(low - missing, high + missing)
     axes.ticklabel_format(useOffset=False, style="plain")
+    label_as_figure(axes, objective)
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(_ticks(5))
     if budget and _is_near(budget[0], points, is_enlarged):
@@ -119,7 +135,7 @@ def _highest_shown(points: Sequence[PlanPoint]) -> float:
     return max([difference for difference in differences if difference <= limit] + named)
 
 
-def _mark(drawing: Drawing, axes: Axes, point: PlanPoint, divisor: float) -> None:
+def _mark(drawing: Drawing, axes: Axes, point: PlanPoint, divisor: float, objective: ObjectiveInfo) -> None:
     x, colour = point.total_bytes / divisor, colours.STAGES.get(point.stage, colours.STAGES["baseline"])
     low, high = point.interval
     is_known = math.isfinite(low) and low < high
@@ -137,9 +153,12 @@ def _mark(drawing: Drawing, axes: Axes, point: PlanPoint, divisor: float) -> Non
         markeredgewidth=0.8,
         zorder=4 if point.name else 5,
     )
-    hint = f"{point.name or stage_title(point.stage)}: {format_bytes(point.total_bytes)}, loss {point.loss:.4f}, "
-    hint += f"minus the winner's {point.difference:+.4f}"
-    drawing.hint(mark, hint + (f", 95% interval {low:+.4f} to {high:+.4f}" if is_known else ""))
+    hint = f"{point.name or stage_title(point.stage)}: {format_bytes(point.total_bytes)}, {objective.short_name} "
+    hint += f"{objective.figure(point.loss):.4f}, minus the winner's {objective.figure(point.difference):+.4f}"
+    if is_known:
+        low, high = objective.interval(low, high)
+        hint += f", 95% interval {low:+.4f} to {high:+.4f}"
+    drawing.hint(mark, hint)
 
 
 def _name_points(

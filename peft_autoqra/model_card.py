@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from peft_autoqra.card_pictures import FRONT_FILE, MEMORY_FILE
-from peft_autoqra.markdown import inline_code, markdown_table
+from peft_autoqra.markdown import escaped, inline_code, markdown_table
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.memory_figure import MEMORY_PARTS
+from peft_autoqra.objective_info import objective_from
 from peft_autoqra.plan_grid import BitsAndRank
 from peft_autoqra.plan_picture import PICTURE_FILE
 from peft_autoqra.plan_points import points_from
@@ -90,7 +91,7 @@ class PlanCard:
         if _is_number(known.get("held_out_loss")):
             rows["held-out loss in the search"] = f"{known['held_out_loss']:.4f} after {known.get('steps')} steps"
         if _is_number(known.get("objective_value")):
-            rows["chosen for"] = f"{known.get('objective')}: {known['objective_value']:.4f}"
+            rows["chosen for"] = f"{objective_from(known).title}: {known['objective_value']:.4f}"
         if known.get("origin"):
             rows["found by"] = str(known["origin"])
         if self.fingerprint:
@@ -161,23 +162,34 @@ def plan_section(layers: Mapping[str, BitsAndRank], pictures: Collection[str]) -
 
 def search_section(provenance: Mapping[str, Any]) -> str:
     """The Pareto front of the search as a picture, which lies beside the card, and as a table."""
+    objective = objective_from(provenance)
     points = sorted(points_from(provenance), key=lambda point: point.total_bytes)
     rows = [
         (
             point.name or f"{point.stage.replace('_', ' ')}, on the front",
             format_bytes(point.total_bytes),
-            format_signed(point.difference),
-            " to ".join(map(format_signed, point.interval)) if math.isfinite(point.interval[0]) else "",
+            format_signed(objective.figure(point.difference)),
+            " to ".join(map(format_signed, objective.interval(*point.interval)))
+            if math.isfinite(point.interval[0])
+            else "",
         )
         for point in points
     ]
     picture = (
-        f"![Held-out loss against memory: the Pareto front of the search and the plans that need no search. The table "
-        f"below says the same.]({FRONT_FILE})"
+        f"![{escaped(objective.heading)} against memory: the Pareto front of the search and the plans that need no "
+        f"search. The table below says the same.]({FRONT_FILE})"
     )
-    note = "Nats per token, on the held-out sequences and training seeds that both had; the plan was chosen on them."
+    better = "higher" if objective.greater_is_better else "lower"
+    note = (
+        f"The {escaped(objective.title)}, {better} is better: on the held-out sequences and training seeds that both "
+        "had; the plan was chosen on them."
+    )
     return "\n\n".join(
-        [picture, note, markdown_table(("plan", "memory", "loss minus the winner's", "95% interval"), rows)]
+        [
+            picture,
+            note,
+            markdown_table(("plan", "memory", f"{objective.short_name} minus the winner's", "95% interval"), rows),
+        ]
     )
 
 

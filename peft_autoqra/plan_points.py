@@ -20,7 +20,7 @@ class PlanPoint:
 
     Attributes:
         total_bytes: in the scope of the budget.
-        loss: held-out loss, nats per token, mean over the seeds that it was trained with.
+        loss: what the search minimized, mean over the seeds that it was trained with.
         difference: mean of its loss minus the winner's over the seeds and sequences that both have.
         interval: 95% interval of that.
         num_seeds: that both were trained with.

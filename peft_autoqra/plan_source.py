@@ -47,6 +47,8 @@ def find_plan(source: str) -> FoundPlan:
         InvalidPlanError: no plan there, damaged, or of a newer format.
         HubError: the repository or revision does not exist, gives no access, or cannot be reached.
     """
+    if not source.strip():
+        raise InvalidPlanError("No plan is named: the folder or hub id is empty.")
     place, revision = _split_revision(source)
     folder = Path(place)
     if not (folder / PLAN_FILE).is_file() and (folder / _PLAN_FOLDER / PLAN_FILE).is_file():

@@ -56,13 +56,16 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id or folder of a data set.", "metavar": "ID_OR_DIR"}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, such as train[:1000]."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     train_file: str | None = field(
         default=None, metadata={"help": "Local .json(l), .csv, .parquet or .txt file to train on.", "metavar": "FILE"}
     )
-    eval_file: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on.", "metavar": "FILE"})
+    eval_file: str | None = field(
+        default=None,
+        metadata={"help": "Local .json(l), .csv, .parquet or .txt file to evaluate on.", "metavar": "FILE"},
+    )
     test_split_size: float | None = field(
         default=None,
         metadata={"help": "Fraction (0 to 1) of the training data to hold out in place of other held-out data."},
@@ -97,18 +100,32 @@ class EvaluationArguments:
 
     metric: list[str] = field(
         default_factory=list,
-        metadata={"help": "Metrics beside the loss: accuracy, exact_match, METRIC.py, or of the hub."},
+        metadata={
+            "help": "Metrics beside the loss: accuracy, exact_match, METRIC.py, or one of the hub.",
+            "metavar": "NAME",
+        },
     )
-    tasks: str | None = field(default=None, metadata={"help": "Of lm-evaluation-harness, or YAML files: A,B."})
+    tasks: str | None = field(
+        default=None,
+        metadata={"help": "Tasks of lm-evaluation-harness, or YAML files; commas between.", "metavar": "NAMES"},
+    )
     num_fewshot: int | None = field(
         default=None,
         metadata={"help": "Number of examples before each question of a task; the task's own by default."},
     )
-    apply_chat_template: bool = field(default=False, metadata={"help": "Put tasks as the chat template has them."})
-    limit: int | None = field(default=None, metadata={"help": "Number of examples at most; all by default."})
+    apply_chat_template: bool = field(
+        default=False, metadata={"help": "Ask the questions of tasks in the model's chat template."}
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "Number of examples at most, of the data and of each task; all by default."}
+    )
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens of a text written for a metric, at most."})
-    baseline: str | None = field(default=None, metadata={"help": "Another model to compare with."})
-    output_file: str | None = field(default=None, metadata={"help": "Write the figures there as JSON, too."})
+    baseline: str | None = field(
+        default=None, metadata={"help": "Another model, to compare with.", "metavar": "ID_OR_DIR"}
+    )
+    output_file: str | None = field(
+        default=None, metadata={"help": "Also write the figures there, as JSON.", "metavar": "FILE"}
+    )
 
     def __post_init__(self) -> None:
         """Check counts.

@@ -22,7 +22,7 @@ class StageShare:
         num_failed: of these.
         cost: in units of one full fine-tune.
         seconds: summed time of its trials.
-        best_loss: least loss at the last fidelity, first seed, nats per token; None where it had no such trial.
+        best_loss: least loss at the last fidelity, first seed; None where it had no such trial.
         gain: that loss minus the least of all stages before; None for the first stage, and for one that repeats plans.
     """
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from peft_autoqra.errors import SearchStateError
 from peft_autoqra.memory_estimate import MemoryEstimate
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo, objective_from
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_file import PLAN_FILE
 from peft_autoqra.plan_points import BEST_SEARCHED, WINNER, PlanPoint, budget_from, points_from
@@ -31,13 +32,14 @@ class TrialRow:
         num_steps: training steps before it was scored.
         seed: of the training run.
         learning_rate_factor: the recipe's learning rate was multiplied by it.
-        loss: held-out loss, nats per token; None when failed.
-        sequence_losses: of each held-out sequence, nats per token.
+        loss: what the search minimized; None when failed.
+        sequence_losses: of each held-out sequence.
         seconds: that it took.
         end_seconds: when it was done, since the first trial began. Time while nothing ran does not count.
         cost: in units of one full fine-tune.
         total_bytes: in the scope of the budget.
         error: why it failed.
+        metrics: further figures by their names.
     """
 
     number: int
@@ -53,6 +55,7 @@ class TrialRow:
     cost: float
     total_bytes: int
     error: str | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,8 @@ class ComparedPlan:
         number: of its first trial.
         name: ``"winner"``, ``"best searched"`` or the baseline's.
         origin: who proposed it.
-        loss: held-out loss, nats per token; None when failed.
+        loss: what the search minimized; None when failed.
+        held_out_loss: nats per token; None when failed, or where it is not known.
         num_steps: training steps before it was scored.
         num_seeds: training seeds that the loss is the mean of.
         margin: mean of the winner's loss minus this one's, and its 95% interval.
@@ -77,6 +81,7 @@ class ComparedPlan:
     name: str
     origin: str
     loss: float | None
+    held_out_loss: float | None
     num_steps: int
     num_seeds: int
     margin: tuple[float, float, float] | None
@@ -104,6 +109,7 @@ class ReportData:
         seconds: wall-clock time of trials and calibration, interruptions left out.
         verdict: what the search is worth over the best baseline, in words.
         cost: of the search and its limit, in units of one full fine-tune.
+        objective: what losses are of.
     """
 
     directory: Path
@@ -119,6 +125,7 @@ class ReportData:
     seconds: float | None = None
     verdict: str | None = None
     cost: tuple[float, float] | None = None
+    objective: ObjectiveInfo = HELD_OUT_LOSS
 
 
 def read_report_data(directory: Path) -> ReportData:
@@ -137,22 +144,33 @@ def read_report_data(directory: Path) -> ReportData:
         raise SearchStateError(
             f"{directory} holds neither {_TRIALS_FILE} of a search nor {PLAN_FILE}; give a search's output_dir."
         )
-    recipe = directory / _RECIPE_FILE
     known = result or (plan.provenance if plan else {})
-    return ReportData(
+    recipe = directory / _RECIPE_FILE
+    data = ReportData(
         directory=directory,
         plan=plan,
-        compared=_compared(result, plan) if result else (),
         trials=trials,
         points=points_from(known),
-        calibration=_calibration(result, trials) if result else None,
-        surrogate_checks=tuple((result or {}).get("surrogate_checks", ())),
         budget=budget_from(known),
         identity=identity,
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
-        seconds=result.get("seconds") if result else None,
-        verdict=result.get("verdict") if result else None,
-        cost=(result["cost"], result["max_cost"]) if result else None,
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
+        objective=objective_from(known) if known else _objective_under_way(identity or {}, trials),
+    )
+    try:
+        return data if result is None else _with_result(data, result)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SearchStateError(_damaged(directory / _RESULT_FILE, error)) from error
+
+
+def _with_result(data: ReportData, result: Mapping[str, Any]) -> ReportData:
+    return replace(
+        data,
+        compared=_compared(result, data.plan),
+        calibration=_calibration(result, data.trials),
+        surrogate_checks=tuple(result.get("surrogate_checks", ())),
+        seconds=result["seconds"],
+        verdict=result.get("verdict"),
+        cost=(result["cost"], result["max_cost"]),
     )
 
 
@@ -174,10 +192,14 @@ def _read_result(path: Path) -> dict[str, Any] | None:
     try:
         result: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
-        raise SearchStateError(
-            f"{path} is damaged ({error}); run the search again, finished trials are kept."
-        ) from error
+        raise SearchStateError(_damaged(path, error)) from error
+    if not isinstance(result, dict) or not result:
+        raise SearchStateError(_damaged(path, TypeError("no result of a search")))
     return result
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path} is damaged ({error!r}); run the search again, finished trials are kept."
 
 
 def _read_trials(path: Path) -> tuple[dict[str, Any] | None, tuple[TrialRow, ...]]:
@@ -236,7 +258,19 @@ def _trial_row(record: Mapping[str, Any], end_seconds: float) -> TrialRow:
         cost=record["cost"],
         total_bytes=record["total_bytes"],
         error=result["error"],
+        metrics=result.get("metrics", {}),
     )
+
+
+def _objective_under_way(identity: Mapping[str, Any], trials: Sequence[TrialRow]) -> ObjectiveInfo:
+    """The log names figures beside the losses only; that of the objective is the loss, or its negative."""
+    if identity.get("objective", "loss") == "loss":
+        return HELD_OUT_LOSS
+    for trial in trials:
+        for name, value in trial.metrics.items():
+            if name != "held_out_loss" and trial.loss and math.isclose(abs(value), abs(trial.loss), rel_tol=1e-6):
+                return objective_from({"objective": {"name": name, "greater_is_better": value * trial.loss < 0}})
+    return ObjectiveInfo("objective")
 
 
 def _calibration(result: Mapping[str, Any], trials: Sequence[TrialRow]) -> tuple[float, float]:
@@ -260,6 +294,7 @@ def _compared_plan(name: str, summary: Mapping[str, Any], memory: MemoryEstimate
         name=name,
         origin=summary["origin"],
         loss=summary["loss"],
+        held_out_loss=summary.get("held_out_loss"),
         num_steps=summary["steps"],
         num_seeds=len(summary["seed_losses"]),
         margin=(margin["mean"], *margin["interval"]) if margin else None,

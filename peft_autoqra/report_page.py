@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from peft_autoqra import report_tables as tables
 from peft_autoqra.drawing import Drawing, plot_settings
@@ -28,28 +29,28 @@ _PLAN_CAPTION = (
     "cell for its module."
 )
 _FRONT_CAPTION = (
-    "Every plan at the last fidelity. Lower is better, further left is smaller; right of the dashed line is over the "
-    "budget. The line is the Pareto front: plans that no other beats in both. Differences are of the same held-out "
-    "sequences and training seeds; the bars of named plans are 95% intervals."
+    "Every plan at the last fidelity. {Lower} is better, further left is smaller; right of the dashed line is over "
+    "the budget. The line is the Pareto front: plans that no other beats in both. Differences are of the same "
+    "held-out sequences and training seeds; the bars of named plans are 95% intervals."
 )
 _MEMORY_CAPTION = (
     "Bytes while training. Blue and grey are frozen, orange is trained. Activations are not counted. Stored are "
     "weights, metadata, untouched modules and adapters."
 )
 _TIMELINE_CAPTION = (
-    "Every trial: a line from its start to its end, and the loss at its end. Losses of different panels cannot be "
-    "compared. The confirmation trains with other seeds, whose losses lie elsewhere; the best so far is of the first "
-    "seed alone."
+    "Every trial: a line from its start to its end, and the {loss} at its end, {lower} is better. Different panels "
+    "cannot be compared. The confirmation trains with other seeds, which lie elsewhere; the best so far is of the "
+    "first seed alone."
 )
 _STAGES_CAPTION = (
-    "Right of zero: the stage found a plan with less held-out loss than all stages before it. Losses are of the last "
-    "fidelity and the first seed; the interval is of that one comparison, and each stage shows the best of its plans, "
+    "Right of zero: the stage found a better plan than all stages before it. The {loss} is of the last fidelity and "
+    "the first seed; the interval is of that one comparison, and each stage shows the best of its plans, "
     "so small gains may be luck. Whether the search won is what the verdict says, over several seeds."
 )
 _COMPARED_NOTE = (
-    "Loss in nats per token on the same held-out sequences after {steps} training steps, mean over the seeds; seeds "
+    "{Figure} on the same held-out sequences after {steps} training steps, mean over the seeds; seeds "
     "differ, so compare plans by the difference, which is of the seeds that both had. Winner minus this: mean and 95% "
-    "interval over sequences and seeds; below 0 favours the winner. The winner was chosen on these sequences, so "
+    "interval over sequences and seeds; {below} 0 favours the winner. The winner was chosen on these sequences, so "
     "report final figures on others."
 )
 
@@ -103,11 +104,14 @@ class _Builder:
         data = self.data
         body = f"<p class='verdict'>{escape(data.verdict)}</p>" if data.verdict else ""
         if data.points:
-            body += self._figure("front", front_figure(data.points, data.budget), _FRONT_CAPTION)
+            body += self._figure(
+                "front", front_figure(data.points, data.budget, data.objective), self._say(_FRONT_CAPTION)
+            )
         if data.compared:
-            body += self._table(tables.compared_table(distinct_plans(data.compared), data.budget and data.budget[1]))
-            body += f"<p class='note'>{_COMPARED_NOTE.format(steps=data.compared[0].num_steps)}</p>"
-        return section("Loss and memory", body)
+            scope = data.budget and data.budget[1]
+            body += self._table(tables.compared_table(distinct_plans(data.compared), scope, data.objective))
+            body += f"<p class='note'>{escape(self._say(_COMPARED_NOTE, steps=data.compared[0].num_steps))}</p>"
+        return section(self._say("{Loss} and memory"), body)
 
     def plan(self) -> str:
         plan = self.data.plan
@@ -128,14 +132,14 @@ class _Builder:
         return section("Memory by part", self._figure("memory", drawing, _MEMORY_CAPTION) + table)
 
     def timeline(self) -> str:
-        trials = self.data.trials
+        trials, objective = self.data.trials, self.data.objective
         if not any(trial.loss is not None for trial in trials):
             return ""
         return section(
             "Trials",
-            self._figure("timeline", timeline_figure(trials), _TIMELINE_CAPTION)
-            + self._table(tables.fidelity_table(trials))
-            + details(f"All {len(trials)} trials", self._table(tables.trial_table(trials))),
+            self._figure("timeline", timeline_figure(trials, objective), self._say(_TIMELINE_CAPTION))
+            + self._table(tables.fidelity_table(trials, objective))
+            + details(f"All {len(trials)} trials", self._table(tables.trial_table(trials, objective))),
         )
 
     def stages(self) -> str:
@@ -143,7 +147,8 @@ class _Builder:
         if not data.trials:
             return ""
         shares = stage_shares(data.trials, data.calibration)
-        body = self._figure("stages", stage_figure(shares), _STAGES_CAPTION) + self._table(tables.stage_table(shares))
+        body = self._figure("stages", stage_figure(shares, data.objective), self._say(_STAGES_CAPTION))
+        body += self._table(tables.stage_table(shares, data.objective))
         if data.surrogate_checks:
             body += self._table(tables.surrogate_table(data.surrogate_checks))
         return section("What each stage contributed", body)
@@ -158,6 +163,16 @@ class _Builder:
             text_column("error", "error", [trial.error for trial in failed]),
         ]
         return section("Failed trials", self._table(Table(name="failed", caption="What went wrong", columns=columns)))
+
+    def _say(self, text: str, **values: Any) -> str:
+        """A text about what plans were chosen for."""
+        objective = self.data.objective
+        lower, below = ("higher", "above") if objective.greater_is_better else ("lower", "below")
+        loss = objective.short_name
+        values |= {"loss": loss, "Loss": loss[:1].upper() + loss[1:], "Figure": objective.heading}
+        if objective.unit:
+            values["Figure"] += f" in {objective.unit}"
+        return text.format(lower=lower, Lower=lower.capitalize(), below=below, **values)
 
     def _figure(self, name: str, drawing: Drawing, caption: str) -> str:
         self.files[f"{name}.png"] = drawing.to_png()

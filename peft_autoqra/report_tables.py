@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.memory_figure import MEMORY_PARTS
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.report_analysis import StageShare
 from peft_autoqra.report_data import ComparedPlan, TrialRow
@@ -72,9 +73,10 @@ def text_column(title: str, name: str, values: Sequence[str | None]) -> Column:
     return Column(title=title, name=name, values=values, is_number=False)
 
 
-def compared_table(compared: Sequence[ComparedPlan], scope: str | None) -> Table:
+def compared_table(compared: Sequence[ComparedPlan], scope: str | None, objective: ObjectiveInfo) -> Table:
     """The winner and the baselines."""
-    margins = [plan.margin or (None, None, None) for plan in compared]
+    margins = [plan.margin and objective.figure(plan.margin[0]) for plan in compared]
+    bounds = [objective.interval(*plan.margin[1:]) if plan.margin else (None, None) for plan in compared]
     memories = [plan.memory for plan in compared]
     totals = {
         "training": [memory.total_bytes if memory else None for memory in memories],
@@ -87,11 +89,12 @@ def compared_table(compared: Sequence[ComparedPlan], scope: str | None) -> Table
         caption="The winner and the plans that need no search",
         columns=[
             text_column("plan", "plan", [plan.name for plan in compared]),
-            _number("loss", "loss_nats_per_token", [plan.loss for plan in compared], "{:.4f}".format),
+            _figures(objective, [plan.loss for plan in compared]),
+            *([] if objective == HELD_OUT_LOSS else [_held_out_losses(compared)]),
             _number("seeds", "num_seeds", [plan.num_seeds for plan in compared]),
-            _number("winner minus this", "winner_minus_this", [mean for mean, _, _ in margins], format_signed),
-            _number("95% from", "interval_low", [low for _, low, _ in margins], format_signed),
-            _number("to", "interval_high", [high for _, _, high in margins], format_signed),
+            _number("winner minus this", "winner_minus_this", margins, format_signed),
+            _number("95% from", "interval_low", [low for low, _ in bounds], format_signed),
+            _number("to", "interval_high", [high for _, high in bounds], format_signed),
             _number("training", "training_bytes", totals["training"], format_bytes),
             _number("stored", "stored_bytes", totals["stored"], format_bytes),
             _number("bits", "average_bits", [plan.average_bits for plan in compared], "{:.2f}".format),
@@ -129,7 +132,7 @@ def memory_table(columns: Mapping[str, MemoryEstimate]) -> Table:
     )
 
 
-def fidelity_table(trials: Sequence[TrialRow]) -> Table:
+def fidelity_table(trials: Sequence[TrialRow], objective: ObjectiveInfo) -> Table:
     """What was spent on each fidelity."""
     levels = sorted({trial.num_steps for trial in trials})
     groups = [[trial for trial in trials if trial.num_steps == level] for level in levels]
@@ -138,14 +141,12 @@ def fidelity_table(trials: Sequence[TrialRow]) -> Table:
     of_first = [[t.loss for t in group if t.loss is not None and t.seed == first] for group in groups]
     return Table(
         name="fidelities",
-        caption="Fidelities; losses of the first seed",
+        caption="Fidelities; the best is of the first seed",
         columns=[
             _number("training steps", "training_steps", levels),
             _number("trials", "num_trials", [len(group) for group in groups]),
             _number("failed", "num_failed", [len(g) - len(found) for g, found in zip(groups, losses, strict=True)]),
-            _number(
-                "best loss", "best_loss_nats_per_token", [min(x, default=None) for x in of_first], "{:.4f}".format
-            ),
+            _figures(objective, [min(x, default=None) for x in of_first], prefix="best"),
             _number(
                 "cost, full fine-tunes", "cost_full_fine_tunes", [_cost(group) for group in groups], "{:.2f}".format
             ),
@@ -154,19 +155,24 @@ def fidelity_table(trials: Sequence[TrialRow]) -> Table:
     )
 
 
-def stage_table(shares: Sequence[StageShare]) -> Table:
+def stage_table(shares: Sequence[StageShare], objective: ObjectiveInfo) -> Table:
     """What each stage took and won."""
     gains = [share.gain for share in shares]
     bounds = [(None, None) if gain is None else (-gain.interval[1], -gain.interval[0]) for gain in gains]
     return Table(
         name="stages",
-        caption="Stages; losses of the last fidelity and the first seed",
+        caption="Stages; the best is of the last fidelity and the first seed",
         columns=[
             text_column("stage", "stage", [stage_title(share.stage) for share in shares]),
             _number("trials", "num_trials", [share.num_trials for share in shares]),
             _number("failed", "num_failed", [share.num_failed for share in shares]),
-            _number("best loss", "best_loss_nats_per_token", [share.best_loss for share in shares], "{:.4f}".format),
-            _number("won", "won_nats_per_token", [gain and -gain.mean for gain in gains], format_signed),
+            _figures(objective, [share.best_loss for share in shares], prefix="best"),
+            _number(
+                "won",
+                "won_" + objective.column_name.removeprefix("loss_"),
+                [gain and -gain.mean for gain in gains],
+                format_signed,
+            ),
             _number("95% from", "interval_low", [low for low, _ in bounds], format_signed),
             _number("to", "interval_high", [high for _, high in bounds], format_signed),
             _number("cost, full fine-tunes", "cost_full_fine_tunes", [s.cost for s in shares], "{:.2f}".format),
@@ -196,7 +202,7 @@ def surrogate_table(checks: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def trial_table(trials: Sequence[TrialRow]) -> Table:
+def trial_table(trials: Sequence[TrialRow], objective: ObjectiveInfo) -> Table:
     """Every trial."""
     return Table(
         name="trials",
@@ -209,7 +215,7 @@ def trial_table(trials: Sequence[TrialRow]) -> Table:
             _number(
                 "learning rate factor", "learning_rate_factor", [t.learning_rate_factor for t in trials], "{:g}".format
             ),
-            _number("loss", "loss_nats_per_token", [trial.loss for trial in trials], "{:.4f}".format),
+            _figures(objective, [trial.loss for trial in trials]),
             _number("memory", "total_bytes", [trial.total_bytes for trial in trials], format_bytes),
             _number("cost", "cost_full_fine_tunes", [trial.cost for trial in trials], "{:.3f}".format),
             _number("took", "seconds", [trial.seconds for trial in trials], format_seconds),
@@ -221,6 +227,18 @@ def trial_table(trials: Sequence[TrialRow]) -> Table:
 
 def _cost(trials: Sequence[TrialRow]) -> float:
     return sum(trial.cost for trial in trials)
+
+
+def _held_out_losses(compared: Sequence[ComparedPlan]) -> Column:
+    losses = [plan.held_out_loss for plan in compared]
+    return _number(HELD_OUT_LOSS.title, HELD_OUT_LOSS.column_name, losses, "{:.4f}".format)
+
+
+def _figures(objective: ObjectiveInfo, losses: Sequence[float | None], *, prefix: str = "") -> Column:
+    """What losses are of."""
+    values = [None if loss is None else objective.figure(loss) for loss in losses]
+    title, name = f"{prefix} {objective.short_name}".strip(), f"{prefix}_{objective.column_name}".strip("_")
+    return _number(title, name, values, "{:.4f}".format)
 
 
 def _number(title: str, name: str, values: Sequence[Any], show: Callable[[Any], str] = str) -> Column:

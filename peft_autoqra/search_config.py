@@ -48,12 +48,16 @@ class SearchArguments:
     """
 
     memory_budget: str = field(
-        default="qlora-4bit-r16", metadata={"help": "Bytes, 6GB, 3.2bit, qlora-4bit-r16, or 0.75*qlora-4bit-r16."}
+        default="qlora-4bit-r16",
+        metadata={
+            "help": "Limit: bytes such as 6GB, stored bits per weight such as 3.2bit, or [0.75*]qlora-4bit-r16."
+        },
     )
     scope: str | None = field(
         default=None,
         metadata={
-            "help": "What the budget limits; by default what its form suggests.",
+            "help": "Whether the budget limits what training holds, or what is stored; by default stored for "
+            "3.2bit, else training.",
             "choices": ["training", "stored"],
         },
     )

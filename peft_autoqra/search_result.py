@@ -142,11 +142,10 @@ class SearchResult:
         name, margin = self.best_baseline, self.margin
         if margin is None:
             return "There was no searched plan to compare with the baselines at the last fidelity."
-        sign = self.objective.sign
-        low, high = sorted(sign * bound for bound in margin.bounds(self.num_searched))
+        low, high = self.objective.interval(*margin.bounds(self.num_searched))
         interval = f"95% interval {low:+.4f} to {high:+.4f}, best of {self.num_searched} searched plans"
         unit = self.objective.unit or self.objective.name
-        figures = f"{sign * margin.mean:+.4f} {unit}, {interval}, {margin.num_seeds} seeds"
+        figures = f"{self.objective.figure(margin.mean):+.4f} {unit}, {interval}, {margin.num_seeds} seeds"
         if not margin.is_better(self.num_searched):
             return f"No margin of the search over the best baseline, {name} ({figures}): the baseline is the answer."
         return f"The search beats the best baseline, {name} ({figures}). {self._stability(margin)}"

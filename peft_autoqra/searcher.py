@@ -341,7 +341,7 @@ class AutoQRASearcher:
         info = self.setup.objective_info
         if self.setup.objective is None:
             return {"held_out_loss": winner.loss}
-        figures = {"objective": info.name, "objective_value": winner.metric(info.name)}
+        figures = {"objective": info.to_dict(), "objective_value": winner.metric(info.name)}
         return {"held_out_loss": winner.metric("held_out_loss"), **figures}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_autoqra import colours
 from peft_autoqra.drawing import SMALL, WIDTH, Drawing
+from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.report_analysis import StageShare
 from peft_autoqra.stage_marks import MARKERS, stage_title
 from peft_autoqra.units import format_seconds, format_signed
@@ -16,18 +17,21 @@ if TYPE_CHECKING:
 
 _TOP, _BOTTOM, _ROW = 0.42, 0.42, 0.32  # inches
 _PANELS = ((0.15, 0.37), (0.56, 0.16), (0.77, 0.13))  # left edge and width, shares of the figure's
-_LEAST_RANGE = 0.004  # nats per token; smaller gains look as small as they are
+_LEAST_RANGE = 0.004  # of nats per token, or another figure; smaller gains look as small as they are
 _OVER = 1.35  # of the longest bar, for its label
 
 
-def stage_figure(shares: Sequence[StageShare]) -> Drawing:
+def stage_figure(shares: Sequence[StageShare], objective: ObjectiveInfo = HELD_OUT_LOSS) -> Drawing:
     """Draw it, inside of ``with plot_settings():``.
 
     Args:
         shares: at least one.
+        objective: what losses are of.
     """
     height = _TOP + _ROW * len(shares) + _BOTTOM
-    drawing = Drawing(WIDTH, height, "Loss that each stage of the search won over the stages before, and what it cost")
+    won, unit = objective.short_name, objective.unit or objective.name
+    title = f"{won[:1].upper()}{won[1:]} that each stage of the search won over the stages before, and what it cost"
+    drawing = Drawing(WIDTH, height, title)
     gains, costs, times = (
         drawing.figure.add_axes((left, _BOTTOM / height, width, _ROW * len(shares) / height))
         for left, width in _PANELS
@@ -37,11 +41,11 @@ def stage_figure(shares: Sequence[StageShare]) -> Drawing:
         axes.tick_params(length=0)
         axes.set_yticks([])
     gains.set_yticks(range(len(shares)), [stage_title(share.stage) for share in shares], color=colours.INK)
-    _draw_gains(drawing, gains, shares)
+    _draw_gains(drawing, gains, shares, unit)
     _draw_bars(drawing, costs, shares, [(share.cost, f"{share.cost:.2f}") for share in shares])
     _draw_bars(drawing, times, shares, [(share.seconds, format_seconds(share.seconds)) for share in shares])
-    gains.set_title("loss won over the best before")
-    gains.set_xlabel("nats per token, with 95% interval", loc="left")
+    gains.set_title(f"{won} won over the best before")
+    gains.set_xlabel(f"{unit}, with 95% interval", loc="left")
     costs.set_title("cost")
     costs.set_xlabel("full fine-tunes", loc="left")
     times.set_title("time")
@@ -49,7 +53,7 @@ def stage_figure(shares: Sequence[StageShare]) -> Drawing:
     return drawing
 
 
-def _draw_gains(drawing: Drawing, axes: Axes, shares: Sequence[StageShare]) -> None:
+def _draw_gains(drawing: Drawing, axes: Axes, shares: Sequence[StageShare], unit: str) -> None:
     axes.axvline(0.0, color=colours.SOFT, linewidth=1.0)
     axes.grid(axis="x", color=colours.LINE, linewidth=0.5)
     axes.set_axisbelow(True)
@@ -77,7 +81,7 @@ def _draw_gains(drawing: Drawing, axes: Axes, shares: Sequence[StageShare]) -> N
         )
         drawing.hint(
             mark,
-            f"{stage_title(share.stage)}: {format_signed(won)} nats per token, "
+            f"{stage_title(share.stage)}: {format_signed(won)} {unit}, "
             f"95% interval {format_signed(low)} to {format_signed(high)}",
         )
         axes.annotate(

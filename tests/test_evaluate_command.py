@@ -27,7 +27,7 @@ from peft_autoqra.model_evaluation import Judged, result_of
 from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from tests.evaluation.harness_task import write_task
 from tests.evaluation.tiny_questions import DISTANCE_SCRIPT, questions, write_script
-from tests.test_cli import fails_with_one_line
+from tests.test_cli import fails_with_one_line, json_of
 from tests.tiny_data import word_tokenizer
 from tests.tiny_folder import RECIPE_FLAGS, TinyFolder, make_tiny_folder
 
@@ -121,7 +121,8 @@ def test_a_quantized_base_and_a_plan_are_what_they_are_without_training(places, 
     data = ["--eval_file", places.questions, "--max_length", "64"]
     sums, counts = answer_losses(base.eval(), questions(num=10))
     quantized = evaluated(tmp_path, str(tmp_path / "base"), *data)
-    plan = evaluated(tmp_path, str(tmp_path / "plan"), "--model_name_or_path", places.model, *data)
+    plan = evaluated(tmp_path, str(tmp_path), "--model_name_or_path", places.model, *data)  # as of a search
+    assert plan["model"] == str(tmp_path / "plan")
     assert quantized["figures"][0]["value"] == pytest.approx(sums.sum() / counts.sum(), rel=1e-4)
     assert plan["figures"][0]["value"] == pytest.approx(quantized["figures"][0]["value"], rel=1e-4)
 
@@ -183,6 +184,16 @@ def test_a_dry_run_loads_no_model(places, capsys, monkeypatch):
     assert f"adapter  {places.adapter} on {places.model}" in text
     assert "figures  held-out loss, accuracy" in text
     assert "10 held-out examples" in text
+    forecast = json_of(capsys, [*argv, "--dry_run"], "evaluate --dry_run")
+    assert [model["kind"] for model in forecast["models"]] == ["adapter", "model"]
+    assert forecast["num_examples"] == 10
+
+
+def test_a_document_for_programs(places, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    document = json_of(capsys, ["evaluate", places.model, "--eval_file", places.questions, "--use_cpu"], "evaluate")
+    assert document["figures"][0]["name"] == "held-out loss"
+    assert not list(tmp_path.iterdir())  # it writes nothing that it was not told to
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
@@ -208,6 +219,7 @@ class TestMistakes:
             (["--limit", "1"], ["limit=1", "at least 2"]),
             (["--metrics", "accuracy"], ["--metrics", "--metric"]),
             (["--tasks", "nowhere.yaml"], []),
+            (["--output_file", "."], ["output_file='.'", "cannot be written"]),
         ],
     )
     def test_flags(self, capsys, places, flags, words):
@@ -215,6 +227,10 @@ class TestMistakes:
 
     def test_no_model(self, capsys, places):
         fails_with_one_line(capsys, ["evaluate", "--eval_file", places.questions], "--model_name_or_path")
+
+    def test_the_model_comes_first(self, capsys, places):
+        argv = ["evaluate", "--eval_file", places.questions, places.model]
+        fails_with_one_line(capsys, argv, repr(places.model), "MODEL comes right after `autoqra evaluate`")
 
     def test_no_data(self, capsys, places):
         fails_with_one_line(capsys, ["evaluate", places.model], "--eval_file")

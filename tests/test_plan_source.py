@@ -80,3 +80,8 @@ def test_nothing_there(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidPlanError):
         find_plan(source)
+
+
+def test_an_empty_name_is_not_this_folder():
+    with pytest.raises(InvalidPlanError, match="empty"):
+        find_plan("")

@@ -240,6 +240,72 @@ def test_reproduction_names_commands_recipe_and_identity(search_directory):
     assert "seed: 5" in text
 
 
+def for_accuracy(directory: Path, objective: dict | None = None) -> dict:
+    """As if the search had been for an accuracy, whose losses are negative; returns its result."""
+    log = directory / "trials.jsonl"
+    header, *records = map(json.loads, log.read_text().splitlines())
+    header["identity"]["objective"] = "accuracy 0123"
+    for record in records:
+        loss = record["result"]["loss"]
+        if loss is not None:
+            accuracy = 1 / loss
+            values = [-accuracy - 0.1, -accuracy + 0.1]
+            metrics = {"held_out_loss": loss, "accuracy": accuracy}
+            record["result"] |= {"loss": -accuracy, "sequence_losses": values, "metrics": metrics}
+    log.write_text("".join(json.dumps(record) + "\n" for record in (header, *records)))
+    path = directory / "search_result.json"
+    result = json.loads(path.read_text())
+    for summary in (result["winner"], result["best_searched"], *result["baselines"].values()):
+        summary |= {"held_out_loss": summary["loss"], "loss": -1 / summary["loss"]}
+    for each in result["points"]:
+        each["loss"] = -1 / each["loss"]
+    result["objective"] = {"name": "accuracy", "greater_is_better": True, "unit": ""} | (objective or {})
+    path.write_text(json.dumps(result))
+    return result
+
+
+def test_another_objective_is_named_and_shown_by_its_value(search_directory):
+    for_accuracy(search_directory)
+    page = write_report(search_directory)
+    text, folder = page.read_text(), page.with_suffix("")
+    assert "Accuracy and memory" in text
+    assert "accuracy minus the winner's" in text
+    assert "Higher is better" in text
+    assert "above 0 favours the winner" in text
+    assert re.findall(r">([^<]*(?:loss|nats)[^<]*)<", text.split('id="do-it-again"')[0]) == [
+        "held-out loss, nats per token"
+    ]
+    (hint,) = (hint for hint in hints(text, "front") if hint.startswith("qlora-4bit"))
+    assert hint.endswith("accuracy 0.3571, minus the winner's -0.1000, 95% interval -0.1500 to -0.0500")
+    assert any("accuracy 0.3704" in hint for hint in hints(text, "timeline"))
+    assert "best 0.3704" in text
+    (winner, other) = rows_of(folder / "plans.csv")
+    assert float(winner["accuracy"]) == pytest.approx(1 / 2.7)
+    assert float(winner["loss_nats_per_token"]) == 2.7
+    assert [float(other[name]) for name in ("winner_minus_this", "interval_low", "interval_high")] == [0.1, 0.05, 0.15]
+    stages = {row["stage"]: row for row in rows_of(folder / "stages.csv")}
+    assert float(stages["trust region"]["won_accuracy"]) == pytest.approx(1 / 2.7 - 1 / 2.8)
+    assert float(rows_of(folder / "fidelities.csv")[1]["best_accuracy"]) == pytest.approx(1 / 2.7)
+    assert float(rows_of(folder / "trials.csv")[16]["accuracy"]) == pytest.approx(1 / 2.7)
+
+
+def test_a_search_under_way_knows_its_objective_from_its_trials(search_directory):
+    for_accuracy(search_directory)
+    (search_directory / "search_result.json").unlink()
+    page = write_report(search_directory)
+    assert "accuracy 0.3704" in page.read_text()
+    assert float(rows_of(page.with_suffix("") / "trials.csv")[16]["accuracy"]) == pytest.approx(1 / 2.7)
+    assert read_report_data(search_directory).objective.greater_is_better
+
+
+def test_names_of_objectives_are_text(search_directory):
+    for_accuracy(search_directory, {"name": "<b>$x^2$ {F1} \u4e2d\n", "unit": "&"})
+    text = write_report(search_directory).read_text()
+    assert "<b>" not in text
+    assert Page(text).open == []
+    assert "&lt;b&gt;$x^2$ {F1} \\u4e2d" in text
+
+
 def test_search_under_way_is_shown_without_touching_its_log(search_directory):
     (search_directory / "search_result.json").unlink()
     log = search_directory / "trials.jsonl"
@@ -295,6 +361,18 @@ def test_damaged_file_is_named(search_directory, name):
     (search_directory / name).write_text('{"a": \n')
     with pytest.raises(SearchStateError, match=name):
         write_report(search_directory)
+
+
+@pytest.mark.parametrize("content", ["{}", "3", '{"winner": 1}', '{"winner": {"memory": {"x": 1}}, "baselines": {}}'])
+def test_a_result_of_something_else_is_damaged_too(search_directory, content):
+    (search_directory / "search_result.json").write_text(content)
+    with pytest.raises(SearchStateError, match=r"search_result.json is damaged .* run the search again"):
+        write_report(search_directory)
+
+
+def test_a_recipe_in_another_encoding_is_shown_as_far_as_it_goes(search_directory):
+    (search_directory / "recipe.yaml").write_bytes(b"run_name: caf\xe9\n")
+    assert "run_name: caf\N{REPLACEMENT CHARACTER}" in write_report(search_directory).read_text()
 
 
 def test_directory_without_search_or_plan(tmp_path):

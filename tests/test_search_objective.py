@@ -73,13 +73,16 @@ def test_accuracy(make_searcher):
     assert summary["winner"]["held_out_loss"] > 0
     assert "nats" not in result.verdict
     provenance = BitRankPlan.from_pretrained(searcher.output_dir / "plan").provenance
-    assert provenance["objective"] == "accuracy"
+    assert provenance["objective"] == summary["objective"]
     assert provenance["objective_value"] == pytest.approx(-result.winner.loss)
     assert provenance["held_out_loss"] == pytest.approx(summary["winner"]["held_out_loss"])
     text = result_text(result, searcher.output_dir)
     assert "accuracy: on held-out examples, more is better, after 2 steps" in text
     assert f"{-result.winner.loss:.4f}" in text
-    assert "chosen for" in (searcher.output_dir / "plan" / "README.md").read_text()
+    card = (searcher.output_dir / "plan" / "README.md").read_text()
+    assert f"| chosen for | accuracy: {-result.winner.loss:.4f} |" in card
+    assert "![Accuracy against memory" in card
+    assert "| plan | memory | accuracy minus the winner's | 95% interval |" in card
 
 
 def test_a_function_goes_on_where_it_was_and_another_one_is_refused(make_searcher):

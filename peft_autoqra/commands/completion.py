@@ -12,7 +12,8 @@ from peft_autoqra.commands.help_pages import ALL, recipe_command_parser, topics_
 from peft_autoqra.commands.outcome import Outcome
 from peft_autoqra.commands.registry import COMMANDS, Command
 
-_PATHS = {"FILE": shtab.FILE, **dict.fromkeys(("DIR", "FOLDER", "PLAN", "A", "B", "ID_OR_DIR"), shtab.DIRECTORY)}
+_FILES, _FOLDERS = ("FILE", "PATH"), ("DIR", "FOLDER", "PLAN", "A", "B", "MODEL", "ID_OR_DIR")
+_PATHS = {**dict.fromkeys(_FILES, shtab.FILE), **dict.fromkeys(_FOLDERS, shtab.DIRECTORY)}
 """Metavariables of what is completed with names of files or folders."""
 
 
@@ -53,6 +54,8 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = command.parser()
     else:
         parser = recipe_command_parser(name)
+        if command.positional:
+            parser.add_argument(command.positional.lower(), metavar=command.positional)
         help_action = next(action for action in parser._actions if action.dest == "help")
         help_action.nargs, help_action.choices = "?", _topics(_names(command))
     for action in parser._actions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -37,8 +38,11 @@ def run(argv: Sequence[str]) -> Outcome:
     named, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     model_args, data_args, wanted, args, options = RecipeParser("evaluate").parse(flags).settings
     name = named or model_args.model_name_or_path
+    output_file = Path(wanted.output_file) if wanted.output_file else None
     if name is None:
         raise RecipeError("No model: `autoqra evaluate ADAPTER_OR_MODEL ...`, or give --model_name_or_path.")
+    if output_file is not None and not options.dry_run:
+        _check_writable(output_file)
     by = _judged_by(data_args, wanted, args)
     models = [EvaluatedModel.find(one, model_args) for one in (name, wanted.baseline) if one is not None]
     if options.dry_run:
@@ -46,11 +50,16 @@ def run(argv: Sequence[str]) -> Outcome:
     judged = [_judge(model, model_args, by) for model in models]
     names = [model.name for model in models]
     result = result_of(names, judged, num_examples=_num_examples(by), start=start)
-    if wanted.output_file:
-        path = Path(wanted.output_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if output_file is not None:
+        output_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     return Outcome(result_text(result), {"dry_run": False, **result.to_dict()})
+
+
+def _check_writable(path: Path) -> None:
+    """Fail now rather than after the evaluation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RecipeError(f"output_file={str(path)!r} cannot be written; name a file in a folder that can.")
 
 
 def _judged_by(data_args: DataArguments, wanted: EvaluationArguments, args: SFTConfig) -> JudgedBy:

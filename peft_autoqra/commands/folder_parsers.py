@@ -51,7 +51,7 @@ def _add_color(parser: CommandParser) -> None:
         "--color",
         choices=COLORS,
         default="auto",
-        help="Auto: in terminals, unless NO_COLOR is set; bits are digits too.",
+        help="When to use colour; auto: in terminals, unless NO_COLOR is set. It reads the same without.",
     )
 
 
@@ -62,7 +62,7 @@ def completion_parser() -> CommandParser:
         usage="{" + ",".join(SHELLS) + "}",
         description="Print a script that completes commands and flags.",
     )
-    parser.add_argument("shell", choices=SHELLS, help="Whose script.")
+    parser.add_argument("shell", choices=SHELLS, help="Shell that the script is for.")
     parser.epilog = "For bash: autoqra completion bash > ~/.local/share/bash-completion/completions/autoqra"
     return parser
 
@@ -71,11 +71,22 @@ def report_parser() -> CommandParser:
     """Of ``autoqra report``."""
     parser = CommandParser(
         "report",
-        usage="DIR [--output FILE] [--json]",
-        description="Write one HTML page about a search (or about a plan alone).",
+        usage="DIR [--output PATH] [--json]",
+        description="Write one HTML page about a search (or about a plan alone), and beside it a folder with its "
+        "figures as PNG and its tables as CSV.",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="output_dir of a search, finished or under way.")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Where to write; DIR/report.html by default.")
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        type=Path,
+        help="output_dir of a search, finished or under way, or folder of a plan.",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="The page, or a folder for it; by default DIR/report.html, with DIR/report/ beside it.",
+    )
     return parser
 
 
@@ -90,10 +101,12 @@ def push_parser() -> CommandParser:
     parser.add_argument(
         "folder", metavar="FOLDER", type=Path, help="Folder of a plan, an adapter or a quantized base."
     )
-    parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME", help="Repository; made where missing.")
+    parser.add_argument(
+        "--repo_id", required=True, metavar="OWNER/NAME", help="Repository to upload to; made where missing."
+    )
     parser.add_argument("--private", action="store_true", help="A repository that is made is seen by its owner only.")
     parser.add_argument("--revision", metavar="BRANCH", help="Branch, made where missing; the main one by default.")
-    parser.add_argument("--commit_message", metavar="TEXT", help="What is uploaded by default.")
+    parser.add_argument("--commit_message", metavar="TEXT", help="Of the commit; by default it says what is uploaded.")
     parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of committing.")
     parser.add_argument("--token", help="Hub token; that of `hf auth login`, or $HF_TOKEN, by default.")
     parser.add_argument("--dry_run", action="store_true", help="Complete the card, check and list; upload nothing.")
@@ -116,7 +129,11 @@ def export_parser() -> CommandParser:
         "plain-lora fits exactly; or tensor types for llama.cpp's llama-quantize.",
     )
     parser.add_argument(
-        "--output_dir", required=True, metavar="DIR", type=Path, help="New, empty or an earlier export."
+        "--output_dir",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="Folder to write to: new, empty or an earlier export.",
     )
     parser.add_argument(
         "--rank", type=int, metavar="N", help="plain-lora: LoRA rank to pad to; the adapter's largest by default."

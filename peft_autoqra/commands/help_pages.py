@@ -13,7 +13,7 @@ from peft_autoqra.errors import UsageError
 
 ALL = "all"
 """The topic that holds every flag, those of ``SFTConfig`` included: long, and slow to import."""
-OPTIONS = Topic(name="options", summary="--config, --output_dir, --dry_run, --json", arguments=None)
+OPTIONS = Topic(name="options", summary="--config, --dry_run and what else all commands have", arguments=None)
 EXIT_CODES = {
     0: "all went well",
     1: "a defect of the program; its traceback is on stderr",
@@ -59,9 +59,9 @@ usage: autoqra COMMAND [--FLAG VALUE ...]
 
 {commands}
 
-`autoqra COMMAND --help` lists its flags. Settings of search, train and calibrate may stand in a
-YAML recipe too (--config). --dry_run says what a long command would do, --json prints one JSON
-document for programs.
+`autoqra COMMAND --help` lists its flags. Settings of search, train, evaluate and calibrate may also
+stand in a YAML recipe (--config). --dry_run says what a long command would do, --json prints one
+JSON document for programs.
 
   autoqra search --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
       --train_file data.jsonl --test_split_size 0.1 --memory_budget qlora-4bit-r16

@@ -75,9 +75,10 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
             allow_abbrev=False,
         )
         self.add_argument("--config", metavar="FILE", help="Settings in YAML; flags go before them.")
-        self.set_defaults(output_dir=command.output_dir)
+        self.set_defaults(output_dir=command.output_dir or None)
         self._own_defaults = vars(self.parse_known_args([])[0])
         self._of_other_commands: dict[str, Any] = {}
+        self._positional = command.positional
 
     def parse(self, argv: Sequence[str]) -> ParsedRecipe:
         """Read recipe and flags.
@@ -134,6 +135,8 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
             self._of_other_commands[key] = recipe[key]
 
     def _unknown(self, name: str, prefix: str) -> str:
+        if prefix and not name.startswith("-") and self._positional:
+            return f"{name!r} is no flag; {self._positional} comes right after `{self.prog}`."
         known = [prefix + action.dest for action in self._actions]
         hint = close_names(name, known) or f" `{self.prog} --help all` lists what there is."
         return f"{name!r} is unknown.{hint}"

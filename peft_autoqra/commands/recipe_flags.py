@@ -22,10 +22,10 @@ class CommandOptions:
     """Flags of the command itself; they are not part of a recipe.
 
     Attributes:
-        dry_run: estimate memory and time, train nothing.
+        dry_run: check, and estimate what it would take; run nothing.
     """
 
-    dry_run: bool = field(default=False, metadata={"help": "Print memory and time estimates; train nothing."})
+    dry_run: bool = field(default=False, metadata={"help": "Check, and print what it would take; run nothing."})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def recipe_parser_for_help(topics: tuple[Topic, ...], output_dir: str) -> argpar
 
     Args:
         topics: of the command.
-        output_dir: default of that flag.
+        output_dir: default of that flag; empty for a command that writes nothing there.
     """
     parser = argparse.ArgumentParser(prog="autoqra", add_help=False)
     for topic in topics:
@@ -120,7 +120,8 @@ def recipe_parser_for_help(topics: tuple[Topic, ...], output_dir: str) -> argpar
             add_flags(group, topic.arguments)
     own = parser.add_argument_group("options")
     own.add_argument("--config", metavar="FILE", help="Settings in YAML; flags go before them.")
-    own.add_argument("--output_dir", metavar="DIR", default=output_dir, help="Where results are written.")
+    if output_dir:
+        own.add_argument("--output_dir", metavar="DIR", default=output_dir, help="Where results are written.")
     add_flags(own, CommandOptions)
     add_common_flags(own)
     return parser

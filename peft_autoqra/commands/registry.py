@@ -19,8 +19,6 @@ from peft_autoqra.commands.recipe_flags import (
     Topic,
 )  # fmt: skip
 
-RECIPE_USAGE = "[--config RECIPE.yaml] [--FIELD VALUE ...]"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -32,8 +30,8 @@ class Command:
         parser: of a command that takes no recipe.
         topics: of a command that takes one, in the order of its settings.
         most_used: flags on the first page of such a command.
-        usage: of such a command.
-        output_dir: default of such a command.
+        positional: what comes before the flags of such a command.
+        output_dir: default of such a command; empty where it writes nothing there.
         goes_on: whether the same command goes on after it was interrupted.
         is_light: whether it needs neither PEFT nor transformers, nor the method known to them, which takes seconds.
     """
@@ -43,10 +41,15 @@ class Command:
     parser: Callable[[], CommandParser] | None = None
     topics: tuple[Topic, ...] = ()
     most_used: tuple[str, ...] = ()
-    usage: str = RECIPE_USAGE
+    positional: str = ""
     output_dir: str = ""
     goes_on: bool = False
     is_light: bool = False
+
+    @property
+    def usage(self) -> str:
+        """Of a command that takes a recipe."""
+        return f"{self.positional} [--config RECIPE.yaml] [--FIELD VALUE ...]".lstrip()
 
 
 _INPUTS = ("model_name_or_path", "train_file", "dataset_name", "test_split_size")
@@ -71,10 +74,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate": Command(
         summary="judge a model by held-out loss, metrics and benchmark tasks; compare two",
-        description="Judge an adapter, a plan, a quantized base or any causal language model: held-out loss, metrics, "
-        "tasks of lm-evaluation-harness. --baseline compares it with another one, example by example.",
+        description="Judge MODEL, the folder or hub id of an adapter, a plan, a quantized base or any causal language "
+        "model, by held-out loss, metrics and tasks of lm-evaluation-harness; --baseline compares it with another "
+        "one, example by example.",
         topics=(MODEL, DATA, FIGURES, SCORING),
-        usage="MODEL [--config RECIPE.yaml] [--FIELD VALUE ...]",
+        positional="MODEL",
         most_used=(
             "eval_file",
             "dataset_name",
@@ -88,7 +92,6 @@ COMMANDS: Mapping[str, Command] = {
             "dry_run",
             "json",
         ),
-        output_dir="evaluation",
     ),
     "show": Command(
         summary="print a plan as a heat map, with its bytes by part",

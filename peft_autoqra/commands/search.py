@@ -107,7 +107,8 @@ def result_text(result: SearchResult, directory: Path) -> str:
             f"({result.budget.scope}).{failed}",
             "",
             text_table(
-                ("plan", _loss_column(result), "seeds", "winner - this", "training", "stored", "bits", "rank"), rows
+                ("plan", result.objective.short_name, "seeds", "winner - this", "training", "stored", "bits", "rank"),
+                rows,
             ),
             f"{_loss_meaning(result)} after {result.winner.first.fidelity.num_steps} steps, mean over seeds; "
             f"{'above' if result.objective.greater_is_better else 'below'} 0 favours the winner, with its 95% "
@@ -117,10 +118,6 @@ def result_text(result: SearchResult, directory: Path) -> str:
             f"plan    {directory / PLAN_FOLDER}",
         ]
     )
-
-
-def _loss_column(result: SearchResult) -> str:
-    return "loss" if result.objective == HELD_OUT_LOSS else result.objective.name
 
 
 def _loss_meaning(result: SearchResult) -> str:
@@ -138,7 +135,7 @@ def _row(name: str, compared: ComparedPlan, result: SearchResult) -> list[str]:
         scoped = {"training": format_bytes(memory.total_bytes), "stored": format_bytes(memory.stored_bytes)}
     return [
         name,
-        "failed" if compared.loss is None else f"{result.objective.sign * compared.loss:.4f}",
+        "failed" if compared.loss is None else f"{result.objective.figure(compared.loss):.4f}",
         str(len(compared.trials)),
         _margin(compared, result),
         scoped.get("training", "-"),
@@ -152,9 +149,8 @@ def _margin(compared: ComparedPlan, result: SearchResult) -> str:
     margin = result.winner.minus(compared)
     if margin is None or compared.first == result.winner.first:
         return "-"
-    sign = result.objective.sign
-    low, high = sorted(sign * bound for bound in margin.interval)
-    return f"{sign * margin.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    low, high = result.objective.interval(*margin.interval)
+    return f"{result.objective.figure(margin.mean):+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _next_command(directory: Path) -> str:

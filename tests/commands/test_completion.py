@@ -60,6 +60,9 @@ class TestBash:
         (tmp_path / "plan.yaml").touch()
         assert press_tab("show", "pla") == {"plan-a"}
         assert press_tab("train", "--plan", "pla") == {"plan-a"}
+        assert press_tab("evaluate", "pla") == {"plan-a"}
+        assert press_tab("evaluate", "plan-a", "--output_file", "pla") == {"plan.yaml", "plan-a"}
+        assert press_tab("report", "plan-a", "--output", "pla") == {"plan.yaml", "plan-a"}
         assert press_tab("search", "--config", "pla") == {"plan.yaml", "plan-a"}
 
 
