@@ -113,10 +113,15 @@ def result_text(result: SearchResult, directory: Path) -> str:
             f"{'above' if result.objective.greater_is_better else 'below'} 0 favours the winner, with its 95% "
             "interval.",
             "",
-            f"{result.verdict} The winner came from {result.winner.first.origin}.",
+            result.verdict + _found_by(result.winner.first.origin),
             f"plan    {directory / PLAN_FOLDER}",
         ]
     )
+
+
+def _found_by(origin: str) -> str:
+    """The stage of a searched winner; of a baseline the verdict has said so."""
+    return "" if origin.startswith("baseline") else f" It was found by {origin}."
 
 
 def _loss_column(result: SearchResult) -> str:
