@@ -143,7 +143,8 @@ class SearchResult:
         if margin is None:
             return (
                 "There was no searched plan to compare with the baselines at the last fidelity: the best baseline is "
-                "the answer. A larger max_cost, or a longer fine-tune, has room for some."
+                "the answer. Larger limits (max_cost, max_trials, max_seconds) or a longer fine-tune leave room for "
+                "some."
             )
         sign = self.objective.sign
         low, high = sorted(sign * bound for bound in margin.bounds(self.num_searched))
