@@ -4,9 +4,13 @@ Importing this package registers the method with PEFT and transformers; do it be
 loaded.
 """
 
+import logging
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# PEFT imports bitsandbytes, which warns that it lacks a kernel for the repacked CPU layout; NF4Linear never uses it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 if TYPE_CHECKING:
     from peft_autoqra.folder_card import complete_model_card

@@ -86,7 +86,9 @@ def _explain(cause: BaseException, request: HubRequest) -> str | None:
         return f"There is no token for {request}; {_LOG_IN}."
     if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return _explain_offline(request)
-    if isinstance(cause, (HTTPError, FileMetadataError)) or (isinstance(cause, OSError) and cause.errno is None):
+    is_of_connection = isinstance(cause, (HTTPError, FileMetadataError))
+    is_of_upload = isinstance(cause, RuntimeError) and str(cause).startswith("Error while uploading")  # by its threads
+    if is_of_connection or is_of_upload or (isinstance(cause, OSError) and cause.errno is None):
         return f"The connection to the hub failed while {request} ({_in_one_line(cause)}). {_after_failure(request)}"
     return None
 

@@ -62,7 +62,7 @@ class ProgressBar(SearchCallback):
             self._clock.join()
         if result is not None:
             self._bar.n = self._bar.total
-            self._bar.set_postfix_str(progress_text(progress, self._pace))
+            self._bar.set_postfix_str(progress_text(progress, None))
         self._bar.close()
         self._bar = self._clock = None
 

@@ -9,12 +9,12 @@ from peft_autoqra.trial import Trial
 from peft_autoqra.units import format_seconds
 
 
-def progress_text(progress: SearchProgress, pace: SearchPace) -> str:
+def progress_text(progress: SearchProgress, pace: SearchPace | None) -> str:
     """Such as ``"4 min 20 s left, best 4.1023 (baseline 4.1146), 23 trials, 2 running, 1 failed"``.
 
-    What matters most comes first: narrow terminals cut off the end.
+    What matters most comes first: narrow terminals cut off the end. Without a pace the search is over.
     """
-    seconds = pace.seconds_left(progress)
+    seconds = None if pace is None else pace.seconds_left(progress)
     parts = [] if seconds is None else [f"{format_seconds(seconds)} left"]
     if progress.best is not None:
         objective = progress.objective

@@ -83,11 +83,14 @@ def build_ladder(config: SearchArguments, costs: SearchCosts, *, seed: int, num_
     least = (num_baselines + 1) * costs.trial(top)
     if available < least:
         enough = _rounded_up(costs.calibration + least)
+        lengthened = (num_baselines + 1) * (MIN_TOP_STEPS - num_steps)  # a longer fine-tune has longer comparisons
+        longer = math.ceil((costs.full_steps * enough + lengthened) / config.max_cost)
         raise SearchBudgetError(
             f"max_cost={config.max_cost:g} full fine-tunes ({costs.full_steps:,} steps each) is too little to search "
             f"with: calibration takes {costs.calibration:.3g} and the shortest comparison {least:.3g}. Raise max_cost "
-            f"to at least {enough:.3g}, use fewer num_calibration_sequences, or fine-tune for "
-            "longer. Without a search, uniform bits and ranks can be calibrated: autoqra train --bits 4 --r 16."
+            f"to at least {enough:.3g}, fine-tune for at least {longer:,} steps, or use fewer "
+            "num_calibration_sequences. Without a search, uniform bits and ranks can be calibrated: autoqra train "
+            "--bits 4 --r 16."
         )
     fidelities = [top]
     middle = Fidelity(num_steps // GROWTH, num_eval, seed)

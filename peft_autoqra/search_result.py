@@ -141,7 +141,11 @@ class SearchResult:
         """What the search is worth over the best baseline, and whether seeds change it."""
         name, margin = self.best_baseline, self.margin
         if margin is None:
-            return "There was no searched plan to compare with the baselines at the last fidelity."
+            return (
+                "There was no searched plan to compare with the baselines at the last fidelity: the best baseline is "
+                "the answer. Larger limits (max_cost, max_trials, max_seconds) or a longer fine-tune leave room for "
+                "some."
+            )
         low, high = self.objective.interval(*margin.bounds(self.num_searched))
         interval = f"95% interval {low:+.4f} to {high:+.4f}, best of {self.num_searched} searched plans"
         unit = self.objective.unit or self.objective.name

@@ -94,7 +94,9 @@ def test_a_finished_search_fills_the_bar():
         bar.on_search_begin(make_progress(*TRIALS[:2]))
         bar.on_search_end(object(), make_progress(*TRIALS))
         stream.flush()
-        assert "searching: 100%|" in _available(reading)
+        end = _available(reading).rpartition("searching: 100%|")[2]
+        assert "trials" in end
+        assert " left" not in end
     os.close(reading)
 
 

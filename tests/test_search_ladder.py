@@ -87,6 +87,9 @@ def test_a_refused_budget_names_one_that_suffices(
     except SearchBudgetError as error:
         least = float(re.search(r"at least ([0-9.e+-]+),", str(error))[1])
         assert least > max_cost
+        longer = int(re.search(r"at least ([0-9,]+) steps", str(error))[1].replace(",", ""))
+        assert longer > full_steps
+        build(make_costs(longer, step_tokens, eval_tokens), num_baselines, max_cost=max_cost, **chosen)
         ladder = build(costs, num_baselines, max_cost=least, **chosen)
         max_cost = least
     plan = ladder.spending

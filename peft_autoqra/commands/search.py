@@ -97,12 +97,13 @@ def spending_text(estimate: SearchEstimate) -> str:
 def result_text(result: SearchResult, directory: Path) -> str:
     """What a finished search prints."""
     rows = [_row("winner", result.winner, result), *(_row(n, t, result) for n, t in result.baselines.items())]
+    num_trials = "1 trial" if len(result.trials) == 1 else f"{len(result.trials)} trials"
     num_failed = sum(trial.loss is None for trial in result.trials)
     failed = f" {num_failed} failed; {directory / 'trials.jsonl'} has the reasons." if num_failed else ""
     return "\n".join(
         [
             "",
-            f"{len(result.trials)} trials, {format_seconds(result.seconds)}, cost {result.cost:.2f} of at most "
+            f"{num_trials}, {format_seconds(result.seconds)}, cost {result.cost:.2f} of at most "
             f"{result.max_cost:g} full fine-tunes. Budget {format_bytes(result.budget.limit_bytes)} "
             f"({result.budget.scope}).{failed}",
             "",
@@ -114,10 +115,15 @@ def result_text(result: SearchResult, directory: Path) -> str:
             f"{'above' if result.objective.greater_is_better else 'below'} 0 favours the winner, with its 95% "
             "interval.",
             "",
-            f"{result.verdict} The winner came from {result.winner.first.origin}.",
+            result.verdict + _found_by(result.winner.first.origin),
             f"plan    {directory / PLAN_FOLDER}",
         ]
     )
+
+
+def _found_by(origin: str) -> str:
+    """The stage of a searched winner; of a baseline the verdict has said so."""
+    return "" if origin.startswith("baseline") else f" It was found by {origin}."
 
 
 def _loss_meaning(result: SearchResult) -> str:

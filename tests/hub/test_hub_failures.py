@@ -16,6 +16,7 @@ from peft_autoqra import AutoQRAConfig, AutoQRAQuantConfig, BitRankPlan, LayerPl
 from peft_autoqra.errors import HubError, InvalidPlanError
 from peft_autoqra.export.gguf_recipe import export_gguf_recipe
 from peft_autoqra.export.merged_model import export_dequantized_base, export_merged_model
+from peft_autoqra.hub_errors import HubRequest, hub_errors
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE
 from peft_autoqra.plan_file import PLAN_FILE
 from tests.conftest import TinyLlamaFactory
@@ -260,6 +261,17 @@ def test_pushing_says_what_is_wrong(hub: Hub, happen, name, settings, words) -> 
         assert word in message
     assert "\n" not in message
     assert all(repository.files() == {} for repository in hub.server.state.repositories.values())
+
+
+def test_an_upload_whose_thread_lost_its_connection() -> None:
+    """What the client raises where another thread's failed upload has closed the session that they share."""
+    with (
+        pytest.raises(HubError, match=r"connection to the hub failed while pushing to 'me/plan'.* push again"),
+        hub_errors(HubRequest(repo_id="me/plan", action="push")),
+    ):
+        raise RuntimeError("Error while uploading 'a.png' to the Hub.") from AttributeError("no attribute 'request'")
+    with pytest.raises(RuntimeError, match="another"), hub_errors(HubRequest(repo_id="me/plan", action="push")):
+        raise RuntimeError("another defect")
 
 
 @pytest.mark.parametrize("happen", [break_upload, break_commit])
