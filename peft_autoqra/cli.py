@@ -64,6 +64,8 @@ def _outcome(name: str, arguments: Sequence[str]) -> Outcome | None:
         # TRL passes transformers the old name of this setting; users can do nothing about it.
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
         import_module("peft_autoqra.registration").register()
+        if not sys.stderr.isatty():  # a file of log lines is no place for bars; ours keep to that themselves
+            import_module("datasets").disable_progress_bars()
     outcome: Outcome | None = import_module(f"peft_autoqra.commands.{name}").run(arguments)
     return outcome
 

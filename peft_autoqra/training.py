@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from peft_autoqra.memory_callback import MemoryBudgetCallback
 from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, QuantizerSettings
 from peft_autoqra.portable_trainer import PortableTrainer
+from peft_autoqra.readme import README
 from peft_autoqra.recipe import AdapterArguments
 from peft_autoqra.streaming.empty_layers import empty_dense_model
 from peft_autoqra.streaming.hf_quantizer import empty_base, note_base
@@ -37,6 +39,7 @@ from peft_autoqra.tuner.config import AutoQRAConfig
 from peft_autoqra.tuner.preparation import quantize_base
 from peft_autoqra.uniform_plan import uniform_plan
 
+_TRL_USAGE = re.compile(r"^## Quick start\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
 RESULT_FILE = "finetune_result.json"
 DEFAULT_BITS, DEFAULT_RANK = 4, 16
 
@@ -252,11 +255,19 @@ class _CardTrainer(PortableTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
+            _correct_card(Path(self.args.output_dir, README))
             self.update_model_card()
 
     def update_model_card(self) -> None:
         config = self.accelerator.unwrap_model(self.model).peft_config["default"]
         config.card(self.finetune_figures).write(Path(self.args.output_dir))
+
+
+def _correct_card(path: Path) -> None:
+    """What TRL's template says wrongly: links of local models, a placeholder, and how to load without this package."""
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("[None](https://huggingface.co/None)", "a local model").replace("licence: license\n", "")
+    path.write_text(_TRL_USAGE.sub("", text), encoding="utf-8")
 
 
 def _named_plan(inputs: FineTuneInputs, checkpoint: str | None) -> BitRankPlan | None:

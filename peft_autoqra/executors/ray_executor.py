@@ -275,7 +275,12 @@ def _connect(ray: Any, address: str | None) -> bool:
     if ray.is_initialized():
         return False
     try:
-        ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False)
+        ray.init(
+            address=address,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,  # what it says of starting is of no use to a search
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ExecutorError(
             f"There is no Ray cluster at {address!r} ({_first_line(error)}); start one with `ray start --head`, or "
