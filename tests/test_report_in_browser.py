@@ -14,12 +14,10 @@ from PIL import Image
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from trl import SFTConfig
 
-from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher
 from peft_autoqra.report import write_report
 from tests.chromium import chromium, console, needs_chromium, requests, show
-from tests.tiny_data import token_dataset, word_tokenizer
+from tests.tiny_searcher import tiny_searcher
 
 pytestmark = needs_chromium
 DOCS = Path(__file__).parent.parent / "docs"
@@ -96,28 +94,7 @@ def demo_page(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tiny_page(tiny_llama, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    settings = {"num_calibration_sequences": 4, "num_eval_sequences": 4, "max_cost": 1000.0, "max_trials": 8}
-    searcher = AutoQRASearcher(
-        tiny_llama(),
-        train_dataset=token_dataset(seed=0),
-        eval_dataset=token_dataset(seed=1),
-        processing_class=word_tokenizer(),
-        args=SFTConfig(
-            output_dir=str(folder / "sft"),
-            per_device_train_batch_size=2,
-            max_length=16,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            use_cpu=True,
-            max_steps=2,
-        ),
-        search_config=AutoQRASearchConfig(
-            output_dir=str(folder / "out"), bit_choices=[2, 4, 8], rank_choices=[0, 2, 4], num_seeds=2, **settings
-        ),
-        show_progress=False,
-    )
-    searcher.run()
+    tiny_searcher(tiny_llama(), folder / "out", granularity="module", max_trials=8).run()
     return write_report(folder / "out")
 
 

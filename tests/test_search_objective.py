@@ -9,15 +9,15 @@ import datasets
 import numpy as np
 import pytest
 
-from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher, BitRankPlan
+from peft_autoqra import AutoQRASearcher, BitRankPlan
 from peft_autoqra.commands.search import result_text
 from peft_autoqra.errors import EvaluationError, SearchStateError
 from peft_autoqra.evaluation.objective import GENERATED_TOKEN
 from peft_autoqra.evaluation.sft import mean_length
 from tests.evaluation.harness_task import write_task
 from tests.evaluation.tiny_questions import questions
-from tests.tiny_data import token_dataset, word_tokenizer
-from tests.tiny_evaluator import tiny_args
+from tests.tiny_data import token_dataset
+from tests.tiny_searcher import tiny_searcher
 
 pytestmark = pytest.mark.usefixtures("metric_modules")
 
@@ -30,27 +30,14 @@ def cache_dir(tmp_path_factory):
 @pytest.fixture
 def make_searcher(tiny_llama, tmp_path, cache_dir):
     def make(*, eval_dataset=None, judge=None, name="out", **changes) -> AutoQRASearcher:
-        settings = {
-            "rank_choices": [0, 2, 4],
-            "bit_choices": [2, 4, 8],
-            "granularity": "block",
-            "num_calibration_sequences": 4,
-            "num_eval_sequences": 8,
-            "max_cost": 1000.0,
-            "max_trials": 9,
-            "num_seeds": 2,
-        }
-        return AutoQRASearcher(
+        return tiny_searcher(
             tiny_llama(),
-            train_dataset=questions(seed=1),
-            eval_dataset=eval_dataset or questions(num=10),
-            processing_class=word_tokenizer(),
-            args=tiny_args(tmp_path / "sft", learning_rate=1e-2, max_steps=2),
-            search_config=AutoQRASearchConfig(
-                output_dir=str(tmp_path / name), cache_dir=str(cache_dir), **settings | changes
-            ),
-            show_progress=False,
-            objective=judge,
+            tmp_path / name,
+            data=(questions(seed=1), eval_dataset or questions(num=10)),
+            recipe={"learning_rate": 1e-2},
+            judge=judge,
+            cache_dir=str(cache_dir),
+            **{"num_eval_sequences": 8} | changes,
         )
 
     return make

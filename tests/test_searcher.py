@@ -12,48 +12,30 @@ from datasets import Dataset
 from peft import get_peft_model
 from trl import SFTConfig
 
-from peft_autoqra import AutoQRAConfig, AutoQRASearchConfig, AutoQRASearcher, BitRankPlan
+from peft_autoqra import AutoQRAConfig, AutoQRASearcher, BitRankPlan
 from peft_autoqra.errors import CalibrationError, InvalidPlanError, MemoryBudgetError, SearchStateError
 from peft_autoqra.evaluation.held_out import held_out_loss
 from peft_autoqra.evaluation.sft import SFTEvaluator
 from peft_autoqra.searcher import LOG_FILE
 from peft_autoqra.trial import TrialStatus
-from tests.tiny_data import token_dataset, word_tokenizer
+from tests.tiny_data import token_dataset
+from tests.tiny_searcher import tiny_searcher
 
 
 @pytest.fixture
 def make_searcher(tiny_llama, tmp_path):
     def make(output_dir: str = "out", train: Dataset | None = None, **changes) -> AutoQRASearcher:
         settings = {
-            "memory_budget": "qlora-4bit-r16",
-            "rank_choices": [0, 2, 4],
+            "bit_choices": [2, 3, 4, 8, 16],
+            "granularity": "module",
             "num_calibration_sequences": 8,
             "num_eval_sequences": 8,
-            "max_cost": 1000.0,
             "max_trials": 16,
-            "num_seeds": 2,
             "cache_dir": str(tmp_path / "cache"),
-        } | changes
-        args = SFTConfig(
-            output_dir=str(tmp_path / "sft"),
-            per_device_train_batch_size=2,
-            per_device_eval_batch_size=4,
-            max_length=16,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            use_cpu=True,
-            learning_rate=1e-3,
-            max_steps=4,
-        )
-        return AutoQRASearcher(
-            model=tiny_llama(),
-            train_dataset=token_dataset(seed=0) if train is None else train,
-            eval_dataset=token_dataset(seed=1),
-            processing_class=word_tokenizer(),
-            args=args,
-            search_config=AutoQRASearchConfig(output_dir=str(tmp_path / output_dir), **settings),
-            show_progress=False,
+        }
+        data = (token_dataset(seed=0) if train is None else train, token_dataset(seed=1))
+        return tiny_searcher(
+            tiny_llama(), tmp_path / output_dir, data=data, recipe={"max_steps": 4}, **settings | changes
         )
 
     return make

@@ -7,14 +7,13 @@ import time
 
 import pytest
 import torch
-from trl import SFTConfig
 
-from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher, BitRankPlan
+from peft_autoqra import AutoQRASearcher, BitRankPlan
 from peft_autoqra.errors import SearchStateError
 from peft_autoqra.evaluation.sft import SFTEvaluator
 from peft_autoqra.trial import Trial, TrialResult, TrialStatus
-from tests.tiny_data import token_dataset, word_tokenizer
 from tests.tiny_evaluator import model_state
+from tests.tiny_searcher import tiny_searcher
 
 
 @pytest.fixture(scope="module")
@@ -25,38 +24,7 @@ def cache_dir(tmp_path_factory):
 @pytest.fixture
 def make_searcher(tiny_llama, tmp_path, cache_dir):
     def make(name="out", **changes) -> AutoQRASearcher:
-        settings = {
-            "memory_budget": "qlora-4bit-r16",
-            "rank_choices": [0, 2, 4],
-            "bit_choices": [2, 4, 8],
-            "granularity": "block",
-            "num_calibration_sequences": 4,
-            "num_eval_sequences": 4,
-            "max_cost": 1000.0,
-            "max_trials": 9,
-            "num_seeds": 2,
-        }
-        args = SFTConfig(
-            output_dir=str(tmp_path / "sft"),
-            per_device_train_batch_size=2,
-            max_length=16,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            use_cpu=True,
-            learning_rate=1e-3,
-            max_steps=2,
-        )
-        config = AutoQRASearchConfig(output_dir=str(tmp_path / name), cache_dir=str(cache_dir), **settings | changes)
-        return AutoQRASearcher(
-            tiny_llama(),
-            train_dataset=token_dataset(seed=0),
-            eval_dataset=token_dataset(seed=1),
-            processing_class=word_tokenizer(),
-            args=args,
-            search_config=config,
-            show_progress=False,
-        )
+        return tiny_searcher(tiny_llama(), tmp_path / name, cache_dir=str(cache_dir), **changes)
 
     return make
 

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import PreTrainedModel
-from trl import SFTConfig
 
-from peft_autoqra import AutoQRASearchConfig, AutoQRASearcher
+from peft_autoqra import AutoQRASearcher
 from peft_autoqra.trial import Trial
-from tests.tiny_data import token_dataset, word_tokenizer
+from tests.tiny_searcher import tiny_searcher
 
 MakeSearcher = Callable[..., AutoQRASearcher]
 
@@ -21,44 +19,15 @@ MakeSearcher = Callable[..., AutoQRASearcher]
 def make_searcher(tiny_llama, tmp_path_factory) -> MakeSearcher:
     cache_dir = tmp_path_factory.mktemp("cache")
 
-    def make(
-        output_dir, model: PreTrainedModel | None = None, callbacks=(), *, data=None, judge=None, **changes
-    ) -> AutoQRASearcher:
-        train, held_out = data or (token_dataset(seed=0), token_dataset(seed=1))
-        settings = {
-            "memory_budget": "qlora-4bit-r16",
-            "rank_choices": [0, 2, 4],
-            "bit_choices": [2, 4, 8],
-            "granularity": "block",
-            "num_calibration_sequences": 4,
-            "num_eval_sequences": 4,
-            "max_cost": 1000.0,
-            "max_trials": 9,
-            "num_seeds": 2,
-        }
-        args = SFTConfig(
-            output_dir=str(output_dir / "sft"),
-            per_device_train_batch_size=2,
-            max_length=16,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            use_cpu=True,
-            learning_rate=1e-3,
-            max_steps=2,
-        )
-        return AutoQRASearcher(
+    def make(output_dir, model=None, callbacks=(), *, data=None, judge=None, **changes) -> AutoQRASearcher:
+        return tiny_searcher(
             tiny_llama() if model is None else model,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=word_tokenizer(),
-            args=args,
-            search_config=AutoQRASearchConfig(
-                output_dir=str(output_dir), cache_dir=str(cache_dir), **settings | changes
-            ),
-            show_progress=False,
+            output_dir,
+            data=data,
             callbacks=callbacks,
-            objective=judge,
+            judge=judge,
+            cache_dir=str(cache_dir),
+            **changes,
         )
 
     return make
