@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 WINNER, BEST_SEARCHED = "winner", "best searched"
 POINTS = "points"
@@ -50,12 +52,18 @@ def joined_name(names: Sequence[str]) -> str:
 
 def pareto_front(points: Iterable[PlanPoint]) -> list[PlanPoint]:
     """Those that no other beats in both loss and bytes, smallest first."""
-    front: list[PlanPoint] = []
+    return front_of(points, lambda point: (point.total_bytes, point.difference))
+
+
+def front_of(found: Iterable[T], bytes_and_loss: Callable[[T], tuple[float, float]]) -> list[T]:
+    """Likewise of anything that has both."""
+    front: list[T] = []
     best = math.inf
-    for point in sorted(points, key=lambda point: (point.total_bytes, point.difference)):
-        if point.difference < best:
-            front.append(point)
-            best = point.difference
+    for one in sorted(found, key=bytes_and_loss):
+        _, loss = bytes_and_loss(one)
+        if loss < best:
+            front.append(one)
+            best = loss
     return front
 
 

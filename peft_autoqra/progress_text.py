@@ -31,4 +31,4 @@ def progress_text(progress: SearchProgress, pace: SearchPace | None) -> str:
 
 
 def _figure(trial: Trial, objective: ObjectiveInfo) -> str:
-    return "failed" if trial.loss is None else f"{objective.sign * trial.loss + 0.0:.4f}"  # no negative zero
+    return "failed" if trial.loss is None else f"{objective.figure(trial.loss):.4f}"

@@ -42,13 +42,13 @@ def trial_metrics(
         metrics["seconds"] = trial.result.seconds
         metrics |= {f"eval_{_word(name)}": value for name, value in trial.result.metrics.items()}
     if trial.loss is not None:
-        key, figure = _key(objective), objective.sign * trial.loss
+        key, figure = _key(objective), objective.figure(trial.loss)
         metrics |= {f"eval_{key}": figure, f"eval_{key}_after_{trial.fidelity.num_steps}_steps": figure}
     return metrics | _best(told, seed, objective)
 
 
 def _key(objective: ObjectiveInfo) -> str:
-    return "loss" if objective == HELD_OUT_LOSS else _word(objective.name)
+    return _word(objective.short_name)
 
 
 def _word(name: str) -> str:
@@ -65,15 +65,16 @@ def _best(told: Sequence[Trial], seed: int, objective: ObjectiveInfo) -> Metrics
         and (trial.fidelity.num_steps, trial.fidelity.seed, trial.fidelity.learning_rate_factor) == (top, seed, 1.0)
     ]
     simple = [loss for loss, trial in last if trial.origin.startswith("baseline")]
-    key, sign = _key(objective), objective.sign
-    best: Metrics = {f"eval_best_{key}": sign * min(loss for loss, _ in last)} if last else {}
-    return best | ({f"eval_best_baseline_{key}": sign * min(simple)} if simple else {})
+    key = _key(objective)
+    best: Metrics = {f"eval_best_{key}": objective.figure(min(loss for loss, _ in last))} if last else {}
+    return best | ({f"eval_best_baseline_{key}": objective.figure(min(simple))} if simple else {})
 
 
 def summary_metrics(result: SearchResult) -> Metrics:
     """Figures of a finished search: the winner, its margin over the best baseline with its interval, the verdict."""
     winner, margin = result.winner.first, result.margin
-    key, sign = _key(result.objective), result.objective.sign
+    objective = result.objective
+    key = _key(objective)
     metrics: Metrics = {
         "winner_total_bytes": winner.total_bytes,
         "winner_average_bits": winner.plan.average_bits,
@@ -83,9 +84,9 @@ def summary_metrics(result: SearchResult) -> Metrics:
         "verdict": result.verdict,
     }
     if result.winner.loss is not None:
-        metrics[f"eval_winner_{key}"] = sign * result.winner.loss
+        metrics[f"eval_winner_{key}"] = objective.figure(result.winner.loss)
     if margin is not None:
-        low, high = sorted(sign * bound for bound in margin.bounds(result.num_searched))
-        metrics |= {"eval_margin": sign * margin.mean, "eval_margin_low": low, "eval_margin_high": high}
+        low, high = objective.interval(*margin.bounds(result.num_searched))
+        metrics |= {"eval_margin": objective.figure(margin.mean), "eval_margin_low": low, "eval_margin_high": high}
         metrics["search_is_better"] = int(margin.is_better(result.num_searched))
     return metrics

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,18 +24,16 @@ from peft_autoqra.executors.in_process import InProcessExecutor
 from peft_autoqra.executors.ray_executor import RayExecutor
 from peft_autoqra.executors.worker_files import check_can_be_sent
 from peft_autoqra.executors.worker_source import WorkerSource
-from peft_autoqra.importance.calibration import forward_backward
 from peft_autoqra.importance.calibration_bank import CalibrationBank
-from peft_autoqra.memory_estimate import MemoryEstimate
-from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan_points import front_of
 from peft_autoqra.progress_bar import ProgressBar
 from peft_autoqra.progress_log import ProgressLog
 from peft_autoqra.reporting_integrations import make_integrations
 from peft_autoqra.search.ledger import Arm
 from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.search_config import AutoQRASearchConfig
-from peft_autoqra.search_ladder import Ladder
+from peft_autoqra.search_estimate import SearchEstimate, estimate_search
 from peft_autoqra.search_lock import search_lock
 from peft_autoqra.search_loop import SearchLoop, elapsed_seconds
 from peft_autoqra.search_result import ComparedPlan, SearchResult
@@ -253,7 +249,12 @@ class AutoQRASearcher:
             plan=self._described(plan, winner),
             winner=winner,
             baselines={name: ComparedPlan(trials=tuple(trials)) for name, trials in baselines.items() if trials},
-            pareto_front=_pareto_front(session.trials_at(session.engine.ledger.top)),
+            pareto_front=tuple(
+                front_of(
+                    [trial for trial in session.trials_at(session.engine.ledger.top) if trial.loss is not None],
+                    lambda trial: (trial.total_bytes, trial.loss or 0.0),
+                )
+            ),
             trials=tuple(session.log.trials),
             budget=self.setup.budget,
             cost=session.cost,
@@ -298,21 +299,7 @@ class AutoQRASearcher:
         Raises:
             SearchBudgetError, CalibrationError: as :meth:`run`.
         """
-        setup, ladder = self.setup, self.setup.ladder()
-        memory = setup.memory_model
-        return SearchEstimate(
-            budget_bytes=setup.budget.limit_bytes,
-            budget_scope=setup.budget.scope,
-            smallest_bytes=setup.problem_with(setup.zero_table()).smallest_trainable_bytes,
-            uniform={
-                bits: memory.estimate(memory.uniform(bits, 16), setup.quantizer) for bits in setup.space.bit_choices
-            },
-            ladder=ladder,
-            full_steps=setup.costs.full_steps,
-            max_cost=self.config.max_cost,
-            full_seconds=setup.costs.full_steps * _step_seconds(setup),
-            objective=setup.objective_info,
-        )
+        return estimate_search(self.setup)
 
     @property
     def _open(self) -> _Open:
@@ -352,58 +339,3 @@ class _Open:
     session: SearchSession
     bank: CalibrationBank
     calibration_seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchEstimate:
-    """What a search will take.
-
-    Attributes:
-        budget_bytes: the limit.
-        budget_scope: what it limits.
-        smallest_bytes: of the smallest plan in the search space that has an adapter.
-        uniform: bits to the memory of uniform bits at rank 16.
-        ladder: fidelities of the trials, how many of each, and their costs.
-        full_steps: of one full fine-tune.
-        max_cost: of the search, calibration included, in units of one full fine-tune.
-        full_seconds: estimated time of one full fine-tune on the unquantized model.
-        objective: what trials are scored by.
-    """
-
-    budget_bytes: int
-    budget_scope: str
-    smallest_bytes: int
-    uniform: dict[int, MemoryEstimate]
-    ladder: Ladder
-    full_steps: int
-    max_cost: float
-    full_seconds: float
-    objective: ObjectiveInfo = HELD_OUT_LOSS
-
-
-def _pareto_front(trials: list[Trial]) -> tuple[Trial, ...]:
-    """Trials that no other beats in both loss and bytes, smallest first."""
-    front: list[Trial] = []
-    best = math.inf
-    completed = [(trial.total_bytes, trial.loss, trial) for trial in trials if trial.loss is not None]
-    for _, loss, trial in sorted(completed, key=lambda entry: entry[:2]):
-        if loss < best:
-            front.append(trial)
-            best = loss
-    return tuple(front)
-
-
-def _step_seconds(setup: SearchSetup) -> float:
-    """Seconds of the forward and backward passes of one training step."""
-    args = setup.args
-    num_sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    batches = setup.data.batches(setup.data.train, num_sequences)
-    return _seconds_of(partial(forward_backward, setup.model, batches))
-
-
-def _seconds_of(action: Callable[[], object]) -> float:
-    """Seconds of the second of two calls; the first warms up."""
-    action()
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start

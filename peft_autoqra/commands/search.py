@@ -16,8 +16,8 @@ from peft_autoqra.executors.arguments import ExecutorArguments
 from peft_autoqra.executors.make_executor import make_executor
 from peft_autoqra.objective_info import HELD_OUT_LOSS
 from peft_autoqra.report import write_report
+from peft_autoqra.search_estimate import SearchEstimate
 from peft_autoqra.search_result import PLAN_FOLDER, ComparedPlan, SearchResult
-from peft_autoqra.searcher import SearchEstimate
 from peft_autoqra.units import format_bytes, format_seconds
 
 
