@@ -1,0 +1,144 @@
+"""One fine-tune from a prepared model to its record."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig
+
+from benchmarks.finetune.budget import limit_of
+from benchmarks.finetune.decoded_base import decode_base
+from benchmarks.finetune.environment import describe_environment
+from benchmarks.finetune.method import Method, NotApplicable, Prepared
+from benchmarks.finetune.records import Memory, Record, Run
+from benchmarks.finetune.scoring import score
+from benchmarks.finetune.setting import Setting
+from benchmarks.finetune.tensor_bytes import measured_bytes
+from peft_autoqra import MemoryModel
+from peft_autoqra.evaluation.sft import quiet_arguments
+from peft_autoqra.evaluation.trial_trainer import TrialTrainer
+from peft_autoqra.memory_estimate import MemoryEstimate
+
+
+class PlainLossTrainer(TrialTrainer):
+    """SFTTrainer with the model's own loss.
+
+    The same figure as TRL's, without its entropy and token accuracy: on a CPU these take longer than the model.
+    """
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' Trainer."""
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
+class TensorBytes(TrainerCallback):
+    """Counts bytes at the first optimizer step, when gradients are there still and optimizer states already."""
+
+    def __init__(self, model: torch.nn.Module, module_names: tuple[str, ...]) -> None:
+        """Frozen weights are counted now, as the method made them."""
+        self._model, self._names = model, module_names
+        self._before = measured_bytes(model, module_names)
+        self.measured: MemoryEstimate | None = None
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count."""
+        if self.measured is None:
+            now = measured_bytes(self._model, self._names, kwargs["optimizer"])
+            before = self._before.to_dict()
+            trained = {name: getattr(now, name) for name in ("gradient_bytes", "optimizer_bytes")}
+            self.measured = MemoryEstimate(**before | trained)
+
+
+def run_method(method: Method, run: Run, setting: Setting, *, decoded: bool) -> Record:
+    """Prepare, train and score.
+
+    Args:
+        method: of the run.
+        run: what is asked for.
+        setting: its model, task and recipe.
+        decoded: decode quantized weights once instead of at every pass, which changes no result; their bytes are
+            counted before.
+    """
+    with TemporaryDirectory() as directory:
+        args = setting.recipe.sft_config(Path(directory), learning_rate=run.learning_rate, seed=run.seed)
+        torch.manual_seed(run.seed)
+        try:
+            prepared = method.prepare(setting, run.budget, args)
+        except NotApplicable as reason:
+            return Record(run=run, status="not applicable", digest=setting.digest, reason=str(reason))
+        return _trained(prepared, run, setting, args, decoded=decoded)
+
+
+def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *, decoded: bool) -> Record:
+    count = TensorBytes(prepared.model, prepared.module_names)
+    if decoded:
+        decode_base(prepared.model)
+    common = {
+        "run": run,
+        "digest": setting.digest,
+        "mean_bits": round(prepared.mean_bits, 4),
+        "mean_rank": round(prepared.mean_rank, 4),
+        "spent": prepared.spent,
+        "environment": describe_environment(),
+    }
+    trainer = PlainLossTrainer(
+        model=prepared.model,
+        args=quiet_arguments(args, str(args.output_dir)),
+        train_dataset=setting.data.train,
+        processing_class=setting.data.processing_class,
+        callbacks=[count, *prepared.callbacks],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    device = args.device
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    try:
+        trainer.train()
+        seconds = time.perf_counter() - start
+        peak = torch.accelerator.max_memory_allocated(device) if device.type != "cpu" else None
+        with torch.autocast(device.type, torch.bfloat16):
+            dev = score(prepared.model, setting, setting.data.held_out, setting.task.dev)
+            test = score(prepared.model, setting, setting.test_rows, setting.task.test)
+    except ArithmeticError as error:
+        return Record(**common, status="diverged", reason=str(error))
+    return Record(
+        **common,
+        status="completed",
+        dev=dev,
+        test=test,
+        memory=_memory(prepared, count, run, setting, peak),
+        train_seconds=round(seconds, 2),
+        num_steps=int(trainer.state.global_step),
+    )
+
+
+def _memory(prepared: Prepared, count: TensorBytes, run: Run, setting: Setting, peak: int | None) -> Memory:
+    assert count.measured is not None  # every run takes a step
+    if run.budget is None:
+        return Memory(predicted=prepared.predicted, measured=count.measured, peak_bytes=peak)
+    budget = limit_of(run.budget, MemoryModel.from_model(setting.load_base()))
+    return Memory(
+        predicted=prepared.predicted,
+        measured=count.measured,
+        budget_bytes=budget.limit_bytes,
+        scope=budget.scope,
+        peak_bytes=peak,
+    )
