@@ -54,7 +54,7 @@ class Published:
         """
         searcher = searcher_of(setting, budget, folder)
         setup, costs = searcher.setup, searcher.setup.costs
-        fidelities = published_fidelities(costs, setup.config.num_eval_sequences)
+        fidelities = published_fidelities(costs, min(setup.config.num_eval_sequences, len(setup.data.held_out)))
         evaluations = _affordable(costs, fidelities, self.max_cost)
         calibrated = Calibrated.of(searcher)
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.finetune.method import Allocator, Method
+from benchmarks.finetune.methods import adalora, eva, loftq, lora, qlora
 from benchmarks.finetune.methods.autoqra import AutoQRA, AutoQRAAllocation
 from benchmarks.finetune.methods.published import Published
 from benchmarks.finetune.methods.sequential import Sequential
@@ -22,4 +23,14 @@ _ALLOCATORS: tuple[Allocator, ...] = (
     UniformLike(calibrated=False),
 )
 
-METHODS: dict[str, Method] = {allocator.name: PlanMethod(allocator) for allocator in _ALLOCATORS}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *lora.METHODS,
+        *qlora.METHODS,
+        *loftq.METHODS,
+        *adalora.METHODS,
+        *eva.METHODS,
+        *map(PlanMethod, _ALLOCATORS),
+    )
+}
