@@ -66,9 +66,7 @@ class Config:
             model_id: folder or hub id of :attr:`model`.
             cache_dir: for plans and calibrations.
         """
-        return Setting(
-            model_id=model_id, task_name=task, sizes=self.sizes, recipe=self.recipe, cache_dir=cache_dir
-        )
+        return Setting(model_id=model_id, task_name=task, sizes=self.sizes, recipe=self.recipe, cache_dir=cache_dir)
 
 
 def read_config(path: Path) -> Config:

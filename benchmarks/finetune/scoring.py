@@ -84,7 +84,8 @@ def _outcomes(model: nn.Module, rows: Dataset, batch_size: int, choices: Sequenc
     outcomes: dict[int, _Example] = {}
     for first in range(0, len(order), batch_size):
         picked = order[first : first + batch_size]
-        outcomes |= zip(picked, _batch([ids[i] for i in picked], [masks[i] for i in picked], model, choices))
+        scored = _batch([ids[i] for i in picked], [masks[i] for i in picked], model, choices)
+        outcomes |= zip(picked, scored, strict=True)
     return [outcomes[index] for index in range(len(ids))]
 
 
