@@ -79,7 +79,7 @@ def parse_options() -> argparse.Namespace:
         "--avg-bits",
         type=float,
         nargs=3,
-        default=[2.3, 4.5, 0.04],
+        default=[2.3, 6.4, 0.05],
         metavar=("FIRST", "LAST", "STEP"),
         help="average widths to allocate for",
     )
