@@ -11,12 +11,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.finetune.budget import limit_of
 from benchmarks.finetune.method import NotApplicable
-from benchmarks.finetune.methods.autoround import ALLOCATIONS, RANKS, AutoRoundBits
+from benchmarks.finetune.methods.autoround import ALLOCATIONS, AutoRoundBits
 from peft_autoqra import MemoryModel
 
 FILES = sorted(ALLOCATIONS.glob("SmolLM2-135M-Instruct-*.json"))
 SCALE_BITS = 16
-BUDGETS = ["qlora-4bit-r16", "qlora-3bit-r16", "qlora-2.5bit-r16", "0.75*qlora-4bit-r16", "stored:qlora-3bit-r16"]
+RANKS = {
+    "qlora-4bit-r16": 16,
+    "qlora-3bit-r16": 8,
+    "qlora-2.5bit-r16": 8,
+    "0.75*qlora-4bit-r16": 8,
+    "stored:qlora-4bit-r16": 16,
+    "stored:qlora-2.5bit-r16": 8,
+}
+"""Those of the sequential allocation."""
 
 
 @pytest.fixture(scope="module")
@@ -52,34 +60,33 @@ def test_committed_allocations_give_every_module_bits_of_the_average_they_were_a
         assert allocation["avg_bits"] - 0.01 < average <= allocation["avg_bits"]
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", RANKS)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_committed_allocations_fill_the_budgets_to_half_a_percent(path, budget, smollm2):
     limit = limit_of(budget, smollm2)
-    layers = AutoRoundBits.read(path).within(limit, smollm2)
+    layers = AutoRoundBits.read(path).within(limit, smollm2, RANKS[budget])
     assert set(layers) == set(smollm2.modules)
-    assert len({layer.rank for layer in layers.values()}) == 1
+    assert {layer.rank for layer in layers.values()} == {RANKS[budget]}
     assert 0.995 < smollm2.estimate(layers).in_scope(limit.scope) / limit.limit_bytes <= 1
 
 
-def test_takes_the_largest_rank_that_leaves_three_bits_to_all(tiny_llama):
+def test_takes_the_most_bits_that_fit_to_the_byte(tiny_llama):
     model = MemoryModel.from_model(tiny_llama())
-    bits = AutoRoundBits(layouts=(dict.fromkeys(model.modules, 2),), seconds=1.0, scored_tokens=1)
-    for rank in RANKS:
-        just = model.estimate(model.uniform(3, rank)).total_bytes
-        assert {layer.rank for layer in bits.within(limit_of(str(just), model), model).values()} == {rank}
-    less = limit_of(str(just - 1), model)
-    assert {layer.rank for layer in bits.within(less, model).values()} == {RANKS[-1]}
+    layouts = tuple(dict.fromkeys(model.modules, bits) for bits in (4, 2, 3))
+    known = AutoRoundBits(layouts=layouts, seconds=1.0, scored_tokens=1)
+    just = model.estimate(model.uniform(3, 4)).total_bytes
+    assert known.within(limit_of(str(just), model), model, 4) == model.uniform(3, 4)
+    assert known.within(limit_of(str(just - 1), model), model, 4) == model.uniform(2, 4)
 
 
 def test_says_why_there_is_no_plan(tiny_llama, tmp_path):
     model = MemoryModel.from_model(tiny_llama())
     bits = AutoRoundBits(layouts=(dict.fromkeys(model.modules, 4),), seconds=1.0, scored_tokens=1)
     with pytest.raises(NotApplicable, match=r"within 1,000 bytes"):
-        bits.within(limit_of("1000", model), model)
+        bits.within(limit_of("1000", model), model, 4)
     others = AutoRoundBits(layouts=({"model.elsewhere": 4},), seconds=1.0, scored_tokens=1)
     with pytest.raises(NotApplicable, match="other modules"):
-        others.within(limit_of("1GB", model), model)
+        others.within(limit_of("1GB", model), model, 4)
     with pytest.raises(NotApplicable, match="allocate_autoround"):
         AutoRoundBits.read(Path(tmp_path) / "none.json")
 

@@ -1,7 +1,7 @@
 """AutoRound's mixed-bit allocation, then one rank everywhere.
 
 Bits are those of AutoRound's own AutoScheme, as scripts/allocate_autoround.py wrote them in an environment of its own;
-quantizer, calibration and compensated start are those of the other plans, so that the allocation alone differs.
+rank, quantizer, calibration and compensated start are those of the sequential allocation, so that bits alone differ.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.finetune.budget import limit_of
 from benchmarks.finetune.method import NotApplicable, Spent
-from benchmarks.finetune.plan_method import NUM_CALIBRATION_SEQUENCES, write_plan
+from benchmarks.finetune.methods.sequential import common_rank
+from benchmarks.finetune.search_of import Calibrated, searcher_of
 from benchmarks.finetune.setting import Setting
 from peft_autoqra import LayerPlan, MemoryModel
-from peft_autoqra.evaluation.sft import mean_length
 from peft_autoqra.memory import MemoryBudget
 from peft_autoqra.plan import DENSE_BITS
-from peft_autoqra.search_costs import SearchCosts, fit_tokens
 
 ALLOCATIONS = Path(__file__).parents[1] / "autoround"
-RANKS = (16, 8, 4)
-LEAST_BITS = 3
 SCORING_PASSES = 2
 """Training tokens that a scored token costs: forward, then block by block forward again and backward, and gradients
 of the weights."""
@@ -57,22 +53,19 @@ class AutoRoundBits:
         scored = sum(bits != DENSE_BITS for bits in content["options"])
         return cls(
             layouts=tuple(
-                dict(zip(content["modules"], allocation["bits"], strict=True))
-                for allocation in content["allocations"]
+                dict(zip(content["modules"], allocation["bits"], strict=True)) for allocation in content["allocations"]
             ),
             seconds=content["seconds"],
             scored_tokens=scored * content["num_sequences"] * content["sequence_length"],
         )
 
-    def within(self, budget: MemoryBudget, memory_model: MemoryModel) -> dict[str, LayerPlan]:
+    def within(self, budget: MemoryBudget, memory_model: MemoryModel, rank: int) -> dict[str, LayerPlan]:
         """The allocation that comes nearest to a budget from below.
-
-        The rank is 16, or the largest below it with which every module could have 3 bits; where none leaves that much,
-        the smallest.
 
         Args:
             budget: in bytes.
             memory_model: of the model that the bits are for.
+            rank: of every module.
 
         Raises:
             NotApplicable: no allocation is within it, or the bits are of other modules.
@@ -83,9 +76,8 @@ class AutoRoundBits:
         def num_bytes(layers: Mapping[str, LayerPlan]) -> int:
             return memory_model.estimate(layers).in_scope(budget.scope)
 
-        roomy = (r for r in RANKS if num_bytes(memory_model.uniform(LEAST_BITS, r)) <= budget.limit_bytes)
-        adapters = memory_model.uniform(LEAST_BITS, next(roomy, RANKS[-1]))
-        plans = [{name: LayerPlan(bits[name], adapters[name].rank) for name in adapters} for bits in self.layouts]
+        ranks = {name: layer.rank for name, layer in memory_model.uniform(DENSE_BITS, rank).items()}
+        plans = [{name: LayerPlan(bits[name], ranks[name]) for name in ranks} for bits in self.layouts]
         fitting = [plan for plan in plans if num_bytes(plan) <= budget.limit_bytes]
         if not fitting:
             raise NotApplicable(f"None of AutoRound's allocations is within {budget.limit_bytes:,} bytes.")
@@ -110,23 +102,10 @@ class AutoRound:
             NotApplicable: AutoRound did not run on this model and task, or nothing it found is within the budget.
         """
         chosen = AutoRoundBits.read(self.directory / f"{Path(setting.model_id).name}-{setting.task_name}.json")
-        memory_model = MemoryModel.from_model(setting.load_base())
-        layers = chosen.within(limit_of(budget, memory_model), memory_model)
-        start = time.perf_counter()
-        write_plan(setting, layers, folder)
-        seconds = chosen.seconds + time.perf_counter() - start
-        return Spent(seconds=seconds, cost=_cost(setting, memory_model, chosen.scored_tokens))
-
-
-def _cost(setting: Setting, memory_model: MemoryModel, scored_tokens: int) -> float:
-    train, recipe = setting.data.train, setting.recipe
-    step_tokens = recipe.batch_size * mean_length(train)
-    shapes = [(shape.out_features, shape.in_features) for shape in memory_model.modules.values()]
-    calibration = SearchCosts(
-        full_steps=recipe.max_steps,
-        step_tokens=step_tokens,
-        eval_tokens=0,
-        calibration_tokens=min(NUM_CALIBRATION_SEQUENCES, len(train)) * mean_length(train),
-        fit_tokens=fit_tokens(shapes, num_bits=1),
-    ).calibration
-    return calibration + SCORING_PASSES * scored_tokens / (step_tokens * recipe.max_steps)
+        calibrated = Calibrated.of(searcher_of(setting, budget, folder))
+        setup, start = calibrated.setup, time.perf_counter()
+        layers = chosen.within(setup.budget, setup.memory_model, common_rank(calibrated.problem))
+        calibrated.save(layers, folder, self.name)
+        seconds = chosen.seconds + calibrated.seconds + time.perf_counter() - start
+        scoring = SCORING_PASSES * chosen.scored_tokens / (setup.costs.step_tokens * setup.costs.full_steps)
+        return Spent(seconds=seconds, cost=setup.costs.calibration + scoring)
