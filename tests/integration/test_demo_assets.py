@@ -16,11 +16,11 @@ SPLITS = ("train", "dev", "test")
 REVIEWS_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
 
 
-def run_script(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(cache: Path, *names: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the script on a cache of its own, with no package index unless the environment names one."""
     hermetic = {"AUTOQRA_CACHE": str(cache), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
     return subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / "prepare_demo_assets.py"), "--json"],
+        [sys.executable, str(REPOSITORY / "scripts" / "prepare_demo_assets.py"), "--json", *names],
         env=os.environ | hermetic | environment,
         capture_output=True,
         text=True,
@@ -85,6 +85,24 @@ def test_complete_cache_is_used_as_it_is(tmp_path: Path) -> None:
         "rotten_tomatoes": str(tmp_path / "movie-reviews" / "rotten_tomatoes"),
     }
     assert {name: path.stat().st_mtime_ns for name, path in paths.items()} == before
+
+
+def test_only_what_is_asked_for_is_made(tmp_path: Path) -> None:
+    for split in SPLITS:
+        for name in ("headlines", "quartz"):
+            path = tmp_path / "evals-registry" / name / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    completed = run_script(tmp_path, "quartz")
+    assert json.loads(completed.stdout) == {"quartz": str(tmp_path / "evals-registry" / "quartz")}
+    assert [path.name for path in tmp_path.iterdir()] == ["evals-registry"]
+
+    completed = run_script(tmp_path / "other", "headlines")
+    assert "pip cannot download evals==3.0.1.post1" in completed.stderr
+    assert f"put the splits in {tmp_path / 'other' / 'evals-registry'}." in completed.stderr
+    completed = run_script(tmp_path, "quarz")
+    assert completed.returncode == 2
+    assert "there is no quarz; choose from model, imdb, rotten_tomatoes, headlines, quartz" in completed.stderr
 
 
 def test_incomplete_folder_is_named_and_kept(tmp_path: Path) -> None:
