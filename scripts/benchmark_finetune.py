@@ -1,10 +1,13 @@
 """Fine-tunes side by side: method x task x budget x seed of a configuration, each by its own library.
 
-Every run is one JSON line in ``benchmarks/results/finetune``; what is there is not run again, so a stopped benchmark
-goes on, and several processes share the work (``--workers 2``). ``--render`` writes the tables and pictures of
-README.md and docs/finetuning-benchmark.md from the records alone.
+Every run is one JSON line in a file of ``--output_dir``; what is there is not run again, so a stopped benchmark goes
+on, and several processes share the work. Without flags the smallest configuration is run, and its figures are printed
+beside those on record in ``benchmarks/results/finetune``. ``--render`` writes the tables and pictures of README.md and
+docs/finetuning-benchmark.md from the records alone.
 
-    python scripts/benchmark_finetune.py --config benchmarks/finetune/configs/smallest.yaml
+    python scripts/benchmark_finetune.py --workers 2
+    python scripts/benchmark_finetune.py --workers 2 --config benchmarks/finetune/configs/smollm2-135m.yaml \
+        --output_dir benchmarks/results/finetune
 """
 
 from __future__ import annotations
@@ -15,19 +18,24 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
+import datasets  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 from benchmarks.finetune.config import Config, ConfigError, read_config  # noqa: E402
 from benchmarks.finetune.methods.registry import METHODS  # noqa: E402
 from benchmarks.finetune.queue import Queue  # noqa: E402
-from benchmarks.finetune.records import Record  # noqa: E402
+from benchmarks.finetune.records import Record, read_records  # noqa: E402
+from benchmarks.finetune.reproduction import reproduction_lines  # noqa: E402
 
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
+RECORDS = ROOT / "benchmarks/results/finetune"
 
 
 def main() -> None:
@@ -45,11 +53,15 @@ def main() -> None:
     unknown = sorted({name for group in config.groups for name in group.methods} - METHODS.keys())
     if unknown:
         sys.exit(f"error: {options.config} names unknown methods {unknown}; there are {sorted(METHODS)}.")
+    quieten()
     workers = [start_worker() for _ in range(options.workers - 1)]
     torch.set_num_threads(options.threads)
     work(config, options)
-    for worker in workers:
-        worker.wait()
+    if any(worker.wait() for worker in workers):
+        sys.exit("error: another process of this benchmark failed; see above.")
+    here = read_records([options.output_dir / f"{config.name}.jsonl"])
+    if options.output_dir.resolve() != RECORDS and not options.is_worker:
+        print("\n".join(reproduction_lines(here, read_records(sorted(RECORDS.glob("*.jsonl"))))))
 
 
 def parse_options() -> argparse.Namespace:
@@ -57,18 +69,28 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "benchmarks/finetune/configs/smallest.yaml")
     parser.add_argument("--tasks", nargs="*", help="tasks of the configuration; all by default")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks/results/finetune")
-    parser.add_argument("--cache_dir", type=Path, default=ROOT / "benchmarks/finetune/cache")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-out"))
+    parser.add_argument("--cache_dir", type=Path, default=Path("benchmark-out/cache"), help="plans and calibrations")
     parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--max_seconds", type=float, help="after which no further run is started")
-    parser.add_argument("--render", action="store_true", help="write tables and pictures from the records, run nothing")
+    parser.add_argument(
+        "--render", action="store_true", help="write tables and pictures, run nothing"
+    )
+    parser.add_argument("--is_worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def quieten() -> None:
+    """One line a run is enough."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def start_worker() -> subprocess.Popen[bytes]:
     """Another process with the same flags; the runs are shared through locks."""
-    return subprocess.Popen([sys.executable, *sys.argv, "--workers", "1"], env=os.environ.copy())
+    return subprocess.Popen([sys.executable, *sys.argv, "--workers", "1", "--is_worker"], env=os.environ.copy())
 
 
 def work(config: Config, options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,7 @@ class Config:
             model_id: folder or hub id of :attr:`model`.
             cache_dir: for plans and calibrations.
         """
-        return Setting(
-            model_id=model_id, task_name=task, sizes=self.sizes, recipe=self.recipe, cache_dir=cache_dir
-        )
+        return Setting(model_id=model_id, task_name=task, sizes=self.sizes, recipe=self.recipe, cache_dir=cache_dir)
 
 
 def read_config(path: Path) -> Config:
@@ -106,3 +104,6 @@ def _check_keys(path: Path, content: Mapping[str, Any], kind: type, without: tup
     known = {field.name: field for field in fields(kind) if field.name not in without}
     if unknown := sorted(content.keys() - known.keys()):
         raise ConfigError(f"{path} has unknown entries {unknown}; it may have {sorted(known)}.")
+    needed = {name for name, field in known.items() if field.default is MISSING}
+    if missing := sorted(needed - content.keys()):
+        raise ConfigError(f"{path} lacks the entries {missing}.")

@@ -134,4 +134,3 @@ def write_plan(
         )
     plan.save_pretrained(folder)
     return plan
-

@@ -76,7 +76,9 @@ class Queue:
             with FileLock(self.locks / f"{name}.lock", timeout=0):
                 if run not in self._wanted():  # recorded meanwhile
                     return None
-                record = run_method(self.methods[run.method], run, self.settings[run.task], decoded=self.config.decoded)
+                record = run_method(
+                    self.methods[run.method], run, self.settings[run.task], decoded=self.config.decoded
+                )
                 append_record(self.records_file, record)
                 return record
         except (Timeout, AllocationUnderWay):

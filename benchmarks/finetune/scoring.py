@@ -13,9 +13,11 @@ from torch.nn.functional import cross_entropy
 from benchmarks.finetune.records import Split
 from benchmarks.finetune.setting import Setting
 from benchmarks.finetune.tasks import Task
+from peft_autoqra.evaluation.answers import generated_texts
+from peft_autoqra.evaluation.completions import Tokenizing, read_completions
 from peft_autoqra.evaluation.held_out import HeldOutLoss
+from peft_autoqra.evaluation.metric_objective import MetricObjective
 from peft_autoqra.evaluation.named_objective import make_objective
-from peft_autoqra.evaluation.objective import HeldOutExamples
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def _outcomes(model: nn.Module, rows: Dataset, batch_size: int, choices: Sequenc
     outcomes: dict[int, _Example] = {}
     for first in range(0, len(order), batch_size):
         picked = order[first : first + batch_size]
-        outcomes |= zip(picked, _batch([ids[i] for i in picked], [masks[i] for i in picked], model, choices))
+        scored = _batch([ids[i] for i in picked], [masks[i] for i in picked], model, choices)
+        outcomes |= zip(picked, scored, strict=True)
     return [outcomes[index] for index in range(len(ids))]
 
 
@@ -118,8 +121,17 @@ def _right_answers(model: nn.Module, setting: Setting, examples: Dataset, outcom
         return ""
     if task.metric == "accuracy":
         return "".join("1" if outcome.is_right else "0" for outcome in outcomes)
-    objective = make_objective(task.metric)
-    assert objective is not None  # "loss" alone has none
-    size, length = setting.recipe.batch_size, setting.recipe.max_length
-    given = HeldOutExamples(examples, setting.tokenizer, size, length, mean_tokens=0.0)
-    return "".join("1" if value else "0" for value in objective.score(model, given, len(examples)).example_values)
+    return "".join("1" if is_right else "0" for is_right in _right_texts(model, setting, examples))
+
+
+def _right_texts(model: nn.Module, setting: Setting, examples: Dataset) -> list[bool]:
+    """Whether what the model writes is right, one example at a time: an objective's own values are of groups."""
+    task, recipe = setting.task, setting.recipe
+    objective = make_objective(task.metric, max_new_tokens=task.max_new_tokens)
+    assert isinstance(objective, MetricObjective)  # as all that Task.metric names
+    completions = read_completions(examples)
+    tokenizing = Tokenizing(setting.tokenizer, recipe.max_length)
+    texts = generated_texts(model, completions, tokenizing, recipe.batch_size, task.max_new_tokens)
+    pairs = zip(texts, (completion.answer.strip() for completion in completions), strict=True)
+    figures = [objective.metric.compute(predictions=[text], references=[answer]) for text, answer in pairs]
+    return [next(iter(figure.values())) == 1 for figure in figures]

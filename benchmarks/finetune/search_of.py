@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def _timed(record: Path, action: Callable[[], Any], *, per: int = 1) -> tuple[An
     result = action()
     seconds = (time.perf_counter() - start) / per
     if not record.exists():
-        partial = record.with_suffix(".partial")
+        partial = record.with_suffix(f".{os.getpid()}")  # another process may write the same record
         partial.write_text(f"{seconds}\n", encoding="utf-8")
         partial.replace(record)
     return result, per * float(record.read_text("utf-8"))

@@ -29,6 +29,7 @@ from benchmarks.finetune.scoring import score
 from benchmarks.finetune.setting import Setting
 from benchmarks.finetune.tensor_bytes import measured_bytes
 from peft_autoqra import MemoryModel
+from peft_autoqra.errors import SearchBudgetError
 from peft_autoqra.evaluation.sft import quiet_arguments
 from peft_autoqra.evaluation.trial_trainer import TrialTrainer
 from peft_autoqra.memory_estimate import MemoryEstimate
@@ -80,7 +81,7 @@ def run_method(method: Method, run: Run, setting: Setting, *, decoded: bool) -> 
         torch.manual_seed(run.seed)
         try:
             prepared = method.prepare(setting, run.budget, args)
-        except NotApplicable as reason:
+        except (NotApplicable, SearchBudgetError) as reason:
             return Record(run=run, status="not applicable", digest=setting.digest, reason=str(reason))
         return _trained(prepared, run, setting, args, decoded=decoded)
 

@@ -196,6 +196,14 @@ def test_eva_starts_at_directions_of_the_inputs_and_counts_its_tokens(setting: T
     assert prepared.mean_rank == 4
 
 
+def test_eva_passes_its_tokens_once_for_all_seeds_and_learning_rates(setting: TinySetting) -> None:
+    first, again = (prepare(Eva(rank=3, rho=2.0), setting) for _ in range(2))
+    assert first.spent == again.spent
+    assert len(list(setting.folder.glob("qlora-eva-r3-rho2.0.safetensors"))) == 1
+    weights = [dict(prepared.model.named_parameters()) for prepared in (first, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_eva_moves_ranks_within_what_rho_allows(setting: TinySetting) -> None:
     prepared = prepare(Eva(rank=4, rho=2.0), setting)
     ranks = eva.adapter_ranks(prepared.model)

@@ -183,7 +183,11 @@ def test_alpaca_has_its_template_and_repeated_instructions_share_a_split():
         for i in range(500)
         for take in range(2)
     ]
-    splits = alpaca_splits(Dataset.from_list([*rows, {"instruction": "Be still.", "input": "", "output": ""}]))
+    unusable = [
+        {"instruction": "Be still.", "input": "", "output": ""},
+        {"instruction": "Shorten.", "input": "a long text " * 100, "output": "Text."},
+    ]
+    splits = alpaca_splits(Dataset.from_list([*rows, *unusable]))
     prompts = {split: set(splits[split]["prompt"]) for split in SPLITS}
     assert sum(len(splits[split]) for split in SPLITS) == 1000
     assert sum(map(len, prompts.values())) == 500

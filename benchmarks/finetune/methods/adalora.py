@@ -67,7 +67,7 @@ class QAdaLora:
         ranks = dict.fromkeys(memory_model.modules, self.initial_rank)
         model = add_adapter(load_nf4_base(setting), self._config(args.max_steps))
         for name, parameter in model.named_parameters():
-            if ".ranknum." in name:  # a constant, which PEFT 0.21 lets the optimizer train on 16-bit and NF4 bases
+            if ".ranknum." in name:  # a constant, which PEFT 0.21 lets the optimizer train on this base
                 parameter.requires_grad_(False)
         return Prepared(
             model=model,

@@ -6,11 +6,15 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
+from filelock import FileLock
+from peft import EvaConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from trl import SFTConfig
 
@@ -44,9 +48,41 @@ class CountedForward:
         return model(**inputs)
 
 
+@dataclass(frozen=True)
+class Directions:
+    """Where A starts.
+
+    Attributes:
+        by_module: PEFT's state dict of EVA, ``[rank, in_features]`` each.
+        seconds: that they took.
+        num_tokens: passed forward for them.
+    """
+
+    by_module: dict[str, Tensor]
+    seconds: float
+    num_tokens: int
+
+    def save(self, path: Path) -> None:
+        """Write all of it, or nothing."""
+        tensors = {name: tensor.contiguous().clone() for name, tensor in self.by_module.items()}  # some are shared
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, {"seconds": str(self.seconds), "num_tokens": str(self.num_tokens)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Directions:
+        """Read what :meth:`save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            known = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return cls(tensors, float(known["seconds"]), int(known["num_tokens"]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Eva:
     """PEFT's EVA on bitsandbytes' NF4 (Paischer et al. 2024): A starts at the principal directions of the inputs.
+
+    With PEFT's own ``rho`` of 2 ranks move between modules, and bytes with them, since modules are of different sizes.
 
     Attributes:
         rank: of every module, or their mean where ``rho`` lets ranks move.
@@ -63,24 +99,22 @@ class Eva:
         return f"qlora-eva-r{self.rank}"
 
     def prepare(self, setting: Setting, budget: str | None, args: SFTConfig) -> Prepared:
-        """Load the base in NF4, add adapters and pass training data forward.
+        """Load the base in NF4, add adapters and start them at the directions, which are kept for other runs.
 
         Raises:
             NotApplicable: no batch has enough tokens; PEFT's loop would not end.
         """
         config = lora_config(self.rank, init_lora_weights="eva", eva_config=EvaConfig(rho=self.rho))
-        batches = self._batches(setting)
         memory_model = memory_model_of(setting, args)
         base = load_nf4_base(setting)
         with warnings.catch_warnings():  # what it advises saves memory, and leaves the adapters in bfloat16
             warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
             model = add_adapter(base, config)
-        start, forward = time.perf_counter(), CountedForward()
-        initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
+        directions = self._directions(model, setting)
+        initialize_lora_eva_weights(model, eva_state_dict=directions.by_module)
         for parameter in model.parameters():
             if parameter.requires_grad:  # where a rank moved, PEFT made new adapters, in bfloat16
                 parameter.data = parameter.data.float()
-        seconds = time.perf_counter() - start
         ranks = dict.fromkeys(memory_model.modules, 0) | adapter_ranks(model)
         run_tokens = args.max_steps * setting.recipe.batch_size * mean_length(setting.data.train)
         return Prepared(
@@ -89,8 +123,23 @@ class Eva:
             module_names=tuple(ranks),
             mean_bits=NF4_BITS,
             mean_rank=float(np.mean(list(ranks.values()))),
-            spent=Spent(seconds=seconds, cost=FORWARD_SHARE * forward.num_tokens / run_tokens),
+            spent=Spent(seconds=directions.seconds, cost=FORWARD_SHARE * directions.num_tokens / run_tokens),
         )
+
+    def _directions(self, model: PeftModel, setting: Setting) -> Directions:
+        """From the file, or computed and written to it; they depend on nothing but the base and the data."""
+        path = setting.folder / f"{self.name}-rho{self.rho}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                self._computed(model, setting).save(path)
+            return Directions.load(path)
+
+    def _computed(self, model: PeftModel, setting: Setting) -> Directions:
+        batches = self._batches(setting)
+        start, forward = time.perf_counter(), CountedForward()
+        by_module = get_eva_state_dict(model, batches, forward_fn=forward, show_progress_bar=False)
+        return Directions(by_module, time.perf_counter() - start, forward.num_tokens)
 
     def _batches(self, setting: Setting) -> list[Mapping[str, Tensor]]:
         num_components = round(self.rank * self.rho)

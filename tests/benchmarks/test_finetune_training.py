@@ -1,0 +1,235 @@
+"""A run from its method to its record, and the queue that works off a configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.finetune.config import Config, Group
+from benchmarks.finetune.method import Method, NotApplicable, Prepared
+from benchmarks.finetune.methods.lora import Lora
+from benchmarks.finetune.methods.uniform_like import UniformLike
+from benchmarks.finetune.plan_method import AllocationUnderWay, PlanMethod
+from benchmarks.finetune.queue import Queue
+from benchmarks.finetune.records import Record, Run, read_records
+from benchmarks.finetune.scoring import score
+from benchmarks.finetune.setting import Recipe
+from benchmarks.finetune.tasks import SplitSizes, Task
+from benchmarks.finetune.training import PlainLossTrainer, run_method
+from peft_autoqra.evaluation.named_objective import make_objective
+from peft_autoqra.evaluation.objective import HeldOutExamples
+from tests.benchmarks.tiny_prompt_setting import TinySetting
+from tests.conftest import TinyLlamaFactory
+
+BUDGET = "stored:qlora-3bit-r4"
+NUM = {"train": 24, "dev": 6, "test": 7}
+RUN = Run(config="tiny", task="choices", method="lora-r4", budget=None, learning_rate=1e-3, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceSetting(TinySetting):
+    """Prompts of several lengths with one of two answers."""
+
+    task_name: str = "choices"
+    sizes: SplitSizes = field(default_factory=lambda: SplitSizes(**NUM))
+    recipe: Recipe = Recipe(max_steps=3, batch_size=4, max_length=32, learning_rate=1e-3)
+
+    @cached_property
+    def task(self) -> Task:
+        splits = {name: questions(seed, num) for seed, (name, num) in enumerate(NUM.items())}
+        return Task(name="choices", **splits, metric="accuracy", max_new_tokens=4)
+
+
+def questions(seed: int, num: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (num,), generator=generator).tolist()
+    words = [torch.randint(5, 100, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_dict(
+        {
+            "prompt": [" ".join(f"w{word}" for word in row) for row in words],
+            "completion": [f" w{sum(row) % 2 + 1} w3" for row in words],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def make_base(tiny_llama: TinyLlamaFactory) -> Callable[[], PreTrainedModel]:
+    return tiny_llama
+
+
+@pytest.fixture
+def setting(tmp_path: Path, make_base: Callable[[], PreTrainedModel]) -> ChoiceSetting:
+    return ChoiceSetting(make_base=make_base, cache_dir=tmp_path)
+
+
+def test_scores_equal_those_of_the_trainer_and_of_the_package(setting: ChoiceSetting) -> None:
+    model, test = setting.load_base().float(), setting.task.test
+    split = score(model, setting, setting.test_rows, test)
+    args = setting.recipe.sft_config(setting.folder)
+    args.bf16, args.per_device_eval_batch_size = False, len(test)
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=test, eval_dataset=test, processing_class=setting.tokenizer
+    )
+    assert split.loss == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+    assert math.fsum(split.losses) / len(split.losses) == pytest.approx(split.loss, abs=1e-5)
+    accuracy = make_objective("accuracy")
+    assert accuracy is not None
+    given = HeldOutExamples(test, setting.tokenizer, 4, 32, 8.0)
+    expected = accuracy.score(model, given, len(test))
+    assert split.metric == pytest.approx(expected.value)
+    assert split.right == "".join("1" if value else "0" for value in expected.example_values)
+
+
+def test_answer_loss_is_that_of_completions_alone(setting: ChoiceSetting) -> None:
+    model, test = setting.load_base().float(), setting.task.test
+    args = setting.recipe.sft_config(setting.folder)
+    args.bf16, args.per_device_eval_batch_size, args.completion_only_loss = False, len(test), True
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=test, eval_dataset=test, processing_class=setting.tokenizer
+    )
+    split = score(model, setting, setting.test_rows, test)
+    assert split.answer_loss == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+
+
+def test_the_plain_loss_trains_as_trl_does(setting: ChoiceSetting) -> None:
+    """Same data, same steps: the figures differ by rounding alone."""
+    losses = []
+    for kind in (PlainLossTrainer, SFTTrainer):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            setting.load_base().float(),
+            Lora(rank=4).prepare(setting, None, args_of(setting)).model.peft_config["default"],
+        )
+        args = args_of(setting)
+        args.bf16 = False
+        trainer = kind(model=model, args=args, train_dataset=setting.task.train, processing_class=setting.tokenizer)
+        trainer.train()
+        losses.append(score(model, setting, setting.test_rows, setting.task.test).loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def args_of(setting: ChoiceSetting) -> SFTConfig:
+    return setting.recipe.sft_config(setting.folder)
+
+
+def test_a_run_ends_in_a_whole_record(setting: ChoiceSetting) -> None:
+    record = run_method(Lora(rank=4), RUN, setting, decoded=False)
+    assert (record.status, record.num_steps, record.mean_bits, record.mean_rank) == ("completed", 3, 16, 4)
+    assert record.memory is not None
+    assert record.memory.measured == record.memory.predicted
+    assert record.memory.is_kept
+    assert record.dev is not None
+    assert record.test is not None
+    assert (len(record.dev.losses), len(record.test.losses)) == (NUM["dev"], NUM["test"])
+    assert {"torch", "peft", "trl"} <= record.environment["versions"].keys()
+
+
+def test_decoding_once_changes_neither_figures_nor_bytes(setting: ChoiceSetting) -> None:
+    method = PlanMethod(UniformLike())
+    run = replace(RUN, method=method.name, budget=BUDGET)
+    decoded, quantized = (run_method(method, run, setting, decoded=flag) for flag in (True, False))
+    assert decoded.test == quantized.test
+    assert decoded.memory == quantized.memory
+    assert decoded.memory is not None
+    assert decoded.memory.measured == decoded.memory.predicted
+    assert decoded.memory.is_kept
+    assert decoded.memory.scope == "stored"
+
+
+def test_the_same_run_gives_the_same_figures(setting: ChoiceSetting) -> None:
+    first, second = (run_method(Lora(rank=4), RUN, setting, decoded=False) for _ in range(2))
+    other = run_method(Lora(rank=4), replace(RUN, seed=1), setting, decoded=False)
+    assert first.test == second.test
+    assert first.test != other.test
+
+
+def test_a_run_that_diverges_says_so(setting: ChoiceSetting) -> None:
+    record = run_method(Lora(rank=4), replace(RUN, learning_rate=1e30), setting, decoded=False)
+    assert record.status == "diverged"
+    assert "loss is" in record.reason
+    assert record.test is None
+
+
+def test_a_plan_is_chosen_once_and_not_by_two_processes(
+    setting: ChoiceSetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = PlanMethod(UniformLike())
+    folder = method.plan_folder(setting, BUDGET)
+    folder.parent.mkdir(parents=True)
+    nested: list[type[BaseException]] = []
+    allocate = UniformLike.allocate
+
+    def allocate_beside_another(self: UniformLike, *given: object) -> object:
+        with pytest.raises(AllocationUnderWay):
+            method.prepare(setting, BUDGET, args_of(setting))
+        nested.append(AllocationUnderWay)
+        return allocate(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(UniformLike, "allocate", allocate_beside_another)
+    first = method.prepare(setting, BUDGET, args_of(setting))
+    second = method.prepare(setting, BUDGET, args_of(setting))
+    assert len(nested) == 1
+    assert first.spent == second.spent
+
+
+@dataclass(frozen=True)
+class Impossible:
+    name: str = "impossible"
+    needs_budget: bool = False
+
+    def prepare(self, *_: object) -> Prepared:
+        raise NotApplicable("it cannot be done")
+
+
+def test_the_queue_records_every_run_once_and_goes_on(setting: ChoiceSetting, tmp_path: Path) -> None:
+    config = Config(
+        name="tiny",
+        model="tiny",
+        tasks=("choices",),
+        sizes=setting.sizes,
+        recipe=setting.recipe,
+        learning_rates=(1e-3, 2e-3),
+        groups=(Group(methods=("lora-r4", "impossible"), seeds=(0, 1)),),
+    )
+    methods: dict[str, Method] = {"lora-r4": Lora(rank=4), "impossible": Impossible()}
+    queue = Queue(config, methods, {"choices": setting}, tmp_path / "tiny.jsonl", tmp_path / "locks")
+    reported: list[Record] = []
+    queue.work(reported.append, max_seconds=0)
+    assert len(reported) == 0
+    queue.work(reported.append)
+    recorded = read_records([tmp_path / "tiny.jsonl"])
+    assert [record.run for record in recorded] == [record.run for record in reported]
+    statuses = [(record.run.method, record.status) for record in recorded]
+    assert statuses.count(("lora-r4", "completed")) == 3, "two rates, and the better one with the other seed"
+    assert statuses.count(("impossible", "not applicable")) == 2
+    queue.work(reported.append)
+    assert len(read_records([tmp_path / "tiny.jsonl"])) == len(recorded)
+
+
+def test_records_of_another_recipe_are_not_mixed_in(setting: ChoiceSetting, tmp_path: Path) -> None:
+    config = Config(
+        name="tiny",
+        model="tiny",
+        tasks=("choices",),
+        sizes=setting.sizes,
+        recipe=setting.recipe,
+        learning_rates=(1e-3,),
+        groups=(Group(methods=("impossible",), seeds=(0,)),),
+    )
+    records = tmp_path / "tiny.jsonl"
+    queue = Queue(config, {"impossible": Impossible()}, {"choices": setting}, records, tmp_path / "locks")
+    queue.work(lambda _: None)
+    other = replace(setting, recipe=replace(setting.recipe, max_steps=4))
+    changed = Queue(config, {"impossible": Impossible()}, {"choices": other}, records, tmp_path / "locks")
+    with pytest.raises(SystemExit, match="another recipe"):
+        changed.work(lambda _: None)
