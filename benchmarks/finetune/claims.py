@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.finetune.cell_runs import CellRuns
 from benchmarks.finetune.comparison import Effect, gap_closed, loss_above_mark, loss_difference
+from benchmarks.finetune.config import Config
 from benchmarks.finetune.grid import Cell
 from benchmarks.finetune.records import Record
-from benchmarks.finetune.titles import budget_order, budget_title, method_title
+from benchmarks.finetune.titles import base_name, budget_order, budget_title, method_title
 
 BASELINE, UNQUANTIZED, OURS = "qlora-r16", "lora-r16", "autoqra"
 FULL_BUDGET, LESS_BUDGET = "qlora-4bit-r16", "0.75*qlora-4bit-r16"
@@ -33,7 +34,7 @@ class Claim:
         effect: the figure; None where it has not been run, or cannot be computed.
         is_reached: whether the median over seeds reaches it; None without a run.
         verdict: "yes" and "no" where the 95% interval leaves no other answer and there is more than one seed.
-        rival: whom ours is compared with at the same budget; None for QLoRA.
+        rival: key of :data:`RIVALS` that ours is compared with at the same budget; None for QLoRA.
     """
 
     text: str
@@ -67,13 +68,21 @@ class MemoryCheck:
     part: str
 
 
-def all_claims(cells: Mapping[Cell, CellRuns], tasks: Iterable[str]) -> list[Claim]:
+def contender(config: Config, method: str) -> str:
+    """A method as the configuration names it first: what it may cost is part of a search's name."""
+    names = (name for group in config.groups for name in group.methods)
+    return next((name for name in names if base_name(name) == method), method)
+
+
+def all_claims(config: Config, cells: Mapping[Cell, CellRuns], tasks: Iterable[str]) -> list[Claim]:
     """Of all tasks, claim by claim; comparisons with rivals at every budget that was run."""
-    tasks = list(tasks)
-    claims = [_gap_claim(cells, task) for task in tasks] + [_less_memory_claim(cells, task) for task in tasks]
+    tasks, ours = list(tasks), contender(config, OURS)
+    claims = [_gap_claim(cells, ours, task) for task in tasks]
+    claims += [_less_memory_claim(cells, ours, task) for task in tasks]
     for rival in RIVALS:
-        for budget in _common_budgets(cells, rival):
-            claims += [_rival_claim(cells, task, rival, budget) for task in tasks]
+        theirs = contender(config, rival)
+        for budget in _common_budgets(cells, ours, theirs):
+            claims += [_rival_claim(cells, task, (ours, theirs), budget) for task in tasks]
     return claims
 
 
@@ -97,8 +106,8 @@ def check_memory(records: Iterable[Record]) -> MemoryCheck:
     )
 
 
-def _gap_claim(cells: Mapping[Cell, CellRuns], task: str) -> Claim:
-    found = _runs(cells, (task, OURS, FULL_BUDGET), (task, BASELINE, None), (task, UNQUANTIZED, None))
+def _gap_claim(cells: Mapping[Cell, CellRuns], ours: str, task: str) -> Claim:
+    found = _runs(cells, (task, ours, FULL_BUDGET), (task, BASELINE, None), (task, UNQUANTIZED, None))
     closed = gap_closed(*found) if found else None
     mark = loss_above_mark(*found, SHARE) if found else None
     return Claim(
@@ -112,8 +121,8 @@ def _gap_claim(cells: Mapping[Cell, CellRuns], task: str) -> Claim:
     )
 
 
-def _less_memory_claim(cells: Mapping[Cell, CellRuns], task: str) -> Claim:
-    found = _runs(cells, (task, OURS, LESS_BUDGET), (task, BASELINE, None))
+def _less_memory_claim(cells: Mapping[Cell, CellRuns], ours: str, task: str) -> Claim:
+    found = _runs(cells, (task, ours, LESS_BUDGET), (task, BASELINE, None))
     effect = loss_difference(*found) if found else None
     return Claim(
         text="no worse than QLoRA r=16, at 75% of its memory",
@@ -126,8 +135,9 @@ def _less_memory_claim(cells: Mapping[Cell, CellRuns], task: str) -> Claim:
     )
 
 
-def _rival_claim(cells: Mapping[Cell, CellRuns], task: str, rival: str, budget: str) -> Claim:
-    found = _runs(cells, (task, OURS, budget), (task, rival, budget))
+def _rival_claim(cells: Mapping[Cell, CellRuns], task: str, methods: tuple[str, str], budget: str) -> Claim:
+    ours, rival = methods
+    found = _runs(cells, (task, ours, budget), (task, rival, budget))
     effect = loss_difference(*found) if found else None
     return Claim(
         text=f'better than "{method_title(rival)}" at equal memory ({budget_title(budget)})',
@@ -137,7 +147,7 @@ def _rival_claim(cells: Mapping[Cell, CellRuns], task: str, rival: str, budget: 
         effect=effect,
         is_reached=None if effect is None else effect.value < 0,
         verdict=_verdict(effect),
-        rival=rival,
+        rival=base_name(rival),
     )
 
 
@@ -155,8 +165,6 @@ def _runs(cells: Mapping[Cell, CellRuns], *wanted: Cell) -> tuple[CellRuns, ...]
     return found if len(found) == len(wanted) else None
 
 
-def _common_budgets(cells: Mapping[Cell, CellRuns], rival: str) -> Iterator[str]:
-    ours, theirs = ({budget for _, name, budget in cells if name == method} for method in (OURS, rival))
-    for budget in sorted(ours & theirs, key=budget_order):
-        if budget is not None:
-            yield budget
+def _common_budgets(cells: Mapping[Cell, CellRuns], *methods: str) -> list[str]:
+    known = ({budget for _, name, budget in cells if name == method and budget} for method in methods)
+    return sorted(set.intersection(*known), key=budget_order)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.finetune.budget import STORED_PREFIX
 from benchmarks.finetune.comparison import Effect
-from benchmarks.finetune.readme_section import ROWS
 from benchmarks.finetune.results import Results
-from benchmarks.finetune.titles import METHODS, cell_title, method_title
+from benchmarks.finetune.titles import METHODS, base_name, cell_title, method_title
 from peft_autoqra import colours
 from peft_autoqra.drawing import SMALL, Drawing, plot_settings
 from peft_autoqra.memory_estimate import MemoryScope
@@ -87,9 +86,16 @@ def _figures(point: Point) -> str:
     return " ".join(f"{value:.4f}" for value in (point.difference, *bounds))
 
 
-def differences_picture(points: Sequence[Point], tasks: Sequence[str]) -> bytes:
-    """One panel a task, one line for each method of the README's table; PNG."""
-    named = [row for row in ROWS if any((point.method, point.budget) == row for point in points)]
+def differences_picture(
+    points: Sequence[Point], tasks: Sequence[str], named: Sequence[tuple[str, str | None]]
+) -> bytes:
+    """One panel a task, one line for each method; PNG.
+
+    Args:
+        points: of which some are shown.
+        tasks: names.
+        named: methods and budgets to show.
+    """
     shown = [point for point in points if (point.method, point.budget) in named]
     height = 0.85 + _ROW * len(named)
     with plot_settings():
@@ -204,7 +210,7 @@ def _look(method: str) -> dict[str, Any]:
     """A colour for the kind of method and a shape for the method."""
     stage = {"ours": "allocation", "rival": "evolution", "none": "baseline"}[_kind(method)]
     same = [name for name in METHODS if _kind(name) == _kind(method)]
-    shape = same.index(method) if method in same else len(same)
+    shape = same.index(base_name(method)) if base_name(method) in same else len(same)
     return {"color": colours.STAGES[stage], "marker": "osD^v<>pPX*h"[shape % 12], "markeredgecolor": colours.PAGE}
 
 

@@ -7,13 +7,13 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.finetune.claims import FULL_BUDGET, LESS_BUDGET, RIVALS, Claim
+from benchmarks.finetune.claims import FULL_BUDGET, LESS_BUDGET, RIVALS, Claim, contender
 from benchmarks.finetune.comparison import median_loss, median_metric
 from benchmarks.finetune.figures import MISSING, megabytes, plain, share, signed, with_interval
 from benchmarks.finetune.provenance import describe_runs, describe_setting
 from benchmarks.finetune.results import Results
 from benchmarks.finetune.tables import before_training, memory_sentence
-from benchmarks.finetune.titles import budget_title, method_title
+from benchmarks.finetune.titles import base_name, budget_title, method_title
 from peft_autoqra.markdown import markdown_table
 
 ROWS: tuple[tuple[str, str | None], ...] = (
@@ -65,8 +65,14 @@ def paragraph(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
+def known_rows(results: Results) -> list[tuple[str, str | None]]:
+    """Methods and budgets of the table, those with results."""
+    rows = [(contender(results.config, method), budget) for method, budget in ROWS]
+    return [row for row in rows if results.runs_of_all_tasks(*row)]
+
+
 def _main_table(results: Results) -> str:
-    known = [row for row in ROWS if results.runs_of_all_tasks(*row)]
+    known = known_rows(results)
     header = ["method", "training memory, MB", *results.tasks, "accuracy", "before training"]
     return markdown_table(header, [_main_row(results, *row) for row in known])
 
@@ -100,13 +106,15 @@ def _accuracy(results: Results, task: str, method: str, budget: str | None) -> s
 
 
 def _legend(results: Results) -> str:
-    found = [results.runs(task, *row) for row in ROWS if results.runs_of_all_tasks(*row) for task in results.tasks]
+    found = [results.runs(task, *row) for row in known_rows(results) for task in results.tasks]
     text = (
         f"{', '.join(results.tasks)}: held-out loss minus that of QLoRA r=16, nats per token (below 0 is better), "
-        "median over seeds, in brackets 95% over seeds and held-out examples; then the share that is closed of its gap "
+        "median over seeds, in brackets 95% over seeds and held-out examples; then the share closed of its gap "
         "to 16-bit LoRA. Accuracy: in the order of these tasks. Before training: search and calibration, in QLoRA "
         "fine-tunes by the clock."
     )
+    if any(base_name(method) != method for method, _ in known_rows(results)):
+        text += " Cost: what a search may spend, in fine-tunes by tokens."
     if not all(found):
         text += f" {MISSING}: no result yet, or none that can be had."
     if any(runs is not None and len(runs.runs) == 1 for runs in found):
@@ -124,7 +132,7 @@ def _claims_table(results: Results) -> str:
     for rival in RIVALS:
         against = [claim for claim in claims if claim.rival == rival]
         if against:
-            row = f"better than {method_title(rival)} at equal memory?"
+            row = f'better than "{method_title(contender(results.config, rival))}" at equal memory?'
             rows.append([row, *(_by_verdict(against, task) for task in results.tasks)])
     return markdown_table(["this package:", *results.tasks], rows) if rows else ""
 

@@ -51,7 +51,7 @@ class Results:
     @cached_property
     def claims(self) -> list[Claim]:
         """On all tasks."""
-        return all_claims(self.cells, self.tasks)
+        return all_claims(self.config, self.cells, self.tasks)
 
     def runs(self, task: str, method: str, budget: str | None) -> CellRuns | None:
         """None where none was completed."""

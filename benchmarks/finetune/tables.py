@@ -11,7 +11,7 @@ from benchmarks.finetune.comparison import loss_difference, median_loss, median_
 from benchmarks.finetune.figures import MISSING, interval, megabytes, plain, share, signed, with_interval
 from benchmarks.finetune.records import Record
 from benchmarks.finetune.results import Results
-from benchmarks.finetune.titles import budget_title, cell_title, method_title
+from benchmarks.finetune.titles import base_name, budget_title, cell_title, method_title
 from peft_autoqra.markdown import markdown_table
 
 OURS = ("autoqra", "autoqra-gptq", "autoqra-allocation", "autoqra-allocation-gptq")
@@ -71,11 +71,16 @@ def rivals_table(results: Results) -> str:
 
 def _rival_rows(results: Results, task: str) -> Iterator[list[str]]:
     ours, rivals = (
-        [runs for (name, method, _), runs in results.cells.items() if name == task and method in known and runs.runs]
+        [
+            runs
+            for base in known
+            for (name, method, _), runs in results.cells.items()
+            if name == task and base_name(method) == base and runs.runs
+        ]
         for known in (OURS, RIVALS)
     )
-    for first in ours:
-        for second in (*rivals, *(other for other in ours if OURS.index(other.cell[1]) > OURS.index(first.cell[1]))):
+    for index, first in enumerate(ours):
+        for second in (*rivals, *ours[index + 1 :]):
             budget = first.cell[2]
             effect = loss_difference(first, second) if second.cell[2] == budget else None
             if effect and budget:

@@ -33,10 +33,15 @@ _COST = re.compile(r"-cost(?P<cost>[\d.]+)$")
 _QLORA = re.compile(r"(?:(?P<factor>[\d.]+)\*)?qlora-(?P<bits>[\d.]+)bit-r(?P<rank>\d+)")
 
 
+def base_name(method: str) -> str:
+    """Without ``"-cost3"``, which says what a search may cost, in full fine-tunes."""
+    return _COST.sub("", method)
+
+
 def method_title(name: str) -> str:
-    """Of a method; ``"-cost3"`` at its end says what a search may cost, in full fine-tunes."""
+    """Of a method."""
     cost = _COST.search(name)
-    title = METHODS.get(_COST.sub("", name), _COST.sub("", name))
+    title = METHODS.get(base_name(name), base_name(name))
     return f"{title}, cost {cost['cost']}" if cost else title
 
 
@@ -57,7 +62,7 @@ def cell_title(method: str, budget: str | None) -> str:
 def method_order(name: str) -> tuple[int, str]:
     """To sort methods by."""
     known = list(METHODS)
-    base = _COST.sub("", name)
+    base = base_name(name)
     return (known.index(base) if base in known else len(known)), name
 
 

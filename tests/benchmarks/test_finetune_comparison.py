@@ -197,8 +197,8 @@ def by_text(claims: list[Claim], start: str, task: str) -> Claim:
     return found
 
 
-def test_claims_are_judged_by_intervals(cells):
-    claims = all_claims(cells, ["reviews", "quartz"])
+def test_claims_are_judged_by_intervals(config, cells):
+    claims = all_claims(config, cells, ["reviews", "quartz"])
     gap = [by_text(claims, "closes at least 80%", task) for task in ("reviews", "quartz")]
     assert [(claim.verdict, claim.is_reached) for claim in gap] == [("yes", True), ("no", False)]
     for claim, task in zip(gap, ("reviews", "quartz"), strict=True):
@@ -213,7 +213,7 @@ def test_claims_are_judged_by_intervals(cells):
 
 def test_one_seed_shows_nothing(config):
     first_seed = [record for record in all_records() if record.run.seed == 0]
-    claims = all_claims(runs_by_cell(config, first_seed), ["reviews"])
+    claims = all_claims(config, runs_by_cell(config, first_seed), ["reviews"])
     gap = by_text(claims, "closes at least 80%", "reviews")
     assert (gap.is_reached, gap.verdict, gap.effect.num_seeds) == (True, "not shown", 1)
 
@@ -221,7 +221,7 @@ def test_one_seed_shows_nothing(config):
 def test_a_difference_within_its_interval_is_not_shown(config):
     budget = "0.75*qlora-4bit-r16"
     records = cell("qlora-r16", 2.6) + cell("autoqra", 2.6, budget=budget)
-    (claim,) = (c for c in all_claims(runs_by_cell(config, records), ["reviews"]) if c.budget == budget)
+    (claim,) = (c for c in all_claims(config, runs_by_cell(config, records), ["reviews"]) if c.budget == budget)
     assert claim.verdict == "not shown"
     assert claim.effect.interval[0] < 0 < claim.effect.interval[1]
 

@@ -17,7 +17,16 @@ from benchmarks.finetune.readme_section import NOTHING, readme_section
 from benchmarks.finetune.records import Record
 from benchmarks.finetune.rendering import CONFIGS, GUIDE, README, MarkersLost, read_results, render, write_rendered
 from benchmarks.finetune.titles import METHODS, budget_order, budget_title, cell_title, method_title
-from tests.benchmarks.synthetic_records import BUDGET, all_records, cell, memory, record, write_config, write_records
+from tests.benchmarks.synthetic_records import (
+    BUDGET,
+    CONFIG,
+    all_records,
+    cell,
+    memory,
+    record,
+    write_config,
+    write_records,
+)
 
 ROOT = Path(__file__).parents[2]
 LESS = "0.75*qlora-4bit-r16"
@@ -104,7 +113,7 @@ def test_the_readme_has_losses_gaps_memory_and_accuracy(root):
     assert not rows(readme, "LoftQ")  # was not run
     (claim,) = rows(readme, "closes at least 80%")
     assert [text.split(" ")[0] for text in claim[1:]] == ["yes", "no"]
-    (rival,) = rows(readme, "better than sequential")
+    (rival,) = rows(readme, 'better than "sequential')
     assert rival[1:] == ["yes: 4 bits", "no: 4 bits"]
     assert "32 of 32 runs took the bytes that were predicted, part by part; 16 of 16 with a budget kept it." in readme
     said = " ".join(readme.split())
@@ -166,6 +175,23 @@ def test_costs_are_in_units_of_the_baselines_time_on_the_same_task(root):
     _, guide = sections(root, records)
     (row,) = [row for row in rows(guide, "this package, 4 bits") if len(row) == 7]
     assert row[1:] == ["65", "9", "0.75", "0.88", "130", "1.75"]  # medians of 30 and 100, of 0.75 and 1, of 1.5 and 2
+
+
+def test_a_search_of_another_cost_is_ours_where_the_configuration_says_so(root):
+    write_config(root, text=CONFIG.replace("autoqra, sequential", "autoqra-cost3, published-cost3"))
+    records = [r for task in ("reviews", "quartz") for method, budget, loss in (
+        ("qlora-r16", None, 2.6), ("lora-r16", None, 2.5), ("autoqra-cost3", BUDGET, 2.51),
+        ("published-cost3", BUDGET, 2.6), ("autoqra", BUDGET, 2.55),
+    ) for r in cell(method, loss, task=task, budget=budget)]  # fmt: skip
+    readme, guide = sections(root, records)
+    assert rows(readme, "this package, cost 3, QLoRA's memory")
+    assert not rows(readme, "this package, QLoRA's memory")
+    assert [text.split(" ")[0] for text in rows(readme, "closes at least 80%")[0][1:]] == ["yes", "yes"]
+    assert rows(readme, 'better than "AutoQRA as published, cost 3"')[0][1:] == ["yes: 4 bits"] * 2
+    assert "Cost: what a search may spend" in " ".join(readme.split())
+    pairs = {tuple(row[2:4]) for row in rows(guide, "reviews") if len(row) == 7}
+    ours, costly, published = "this package", "this package, cost 3", "AutoQRA as published, cost 3"
+    assert pairs == {(ours, published), (costly, published), (ours, costly)}
 
 
 def test_rendering_again_changes_nothing_and_new_records_do(root):
