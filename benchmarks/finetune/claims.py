@@ -109,7 +109,7 @@ def check_memory(records: Iterable[Record]) -> MemoryCheck:
 def _gap_claim(cells: Mapping[Cell, CellRuns], ours: str, task: str) -> Claim:
     found = _runs(cells, (task, ours, FULL_BUDGET), (task, BASELINE, None), (task, UNQUANTIZED, None))
     closed = gap_closed(*found) if found else None
-    mark = loss_above_mark(*found, SHARE) if found else None
+    mark = loss_above_mark(*found, share=SHARE) if found else None
     return Claim(
         text=f"closes at least {SHARE:.0%} of the gap between QLoRA r=16 and 16-bit LoRA, at QLoRA's memory",
         task=task,

@@ -81,7 +81,7 @@ def gap_closed(runs: CellRuns, lower: CellRuns, upper: CellRuns) -> Effect | Non
     )
 
 
-def loss_above_mark(runs: CellRuns, lower: CellRuns, upper: CellRuns, share: float) -> Effect | None:
+def loss_above_mark(runs: CellRuns, lower: CellRuns, upper: CellRuns, *, share: float) -> Effect | None:
     """Loss above the point where a share of the gap is closed; below 0 where more of it is closed.
 
     It excludes zero where Fieller's interval of :func:`gap_closed` excludes the share, and needs no division: it says

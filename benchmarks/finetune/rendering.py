@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from benchmarks.finetune.config import read_config
 from benchmarks.finetune.guide_section import guide_section
-from benchmarks.finetune.pictures import differences_picture, fingerprint, memory_picture, points_of
+from benchmarks.finetune.pictures import Point, differences_picture, fingerprint, memory_picture, points_of
 from benchmarks.finetune.readme_section import known_rows, readme_section
 from benchmarks.finetune.records import read_records
 from benchmarks.finetune.results import Results
@@ -75,7 +76,10 @@ def _pictures(root: Path, results: Results) -> dict[Path, bytes | None]:
     if not points:
         return {}
     drawn: dict[Path, bytes | None] = {}
-    draws = {"memory": memory_picture, "differences": partial(differences_picture, named=known_rows(results))}
+    draws: dict[str, Callable[[Sequence[Point], Sequence[str]], bytes]] = {
+        "memory": memory_picture,
+        "differences": partial(differences_picture, named=known_rows(results)),
+    }
     for kind, draw in draws.items():
         path = GUIDE.with_name(f"finetuning-{results.config.name}-{kind}.png")
         is_there = (root / path).exists() and fingerprint(points).encode() in (root / path).read_bytes()

@@ -173,7 +173,7 @@ def test_the_gap_excludes_a_share_where_the_difference_from_that_mark_excludes_z
     ratios = (losses(low) - losses(own)).mean(axis=1) / (losses(low) - losses(high)).mean(axis=1)
     assert effect.value == pytest.approx(np.median(ratios))
     for end, side in zip(effect.interval, (1, 0), strict=True):  # at its ends the interval of the difference ends in 0
-        assert loss_above_mark(own, low, high, end).interval[side] == pytest.approx(0, abs=1e-9)
+        assert loss_above_mark(own, low, high, share=end).interval[side] == pytest.approx(0, abs=1e-9)
     assert effect.interval[0] < 0.7 < effect.interval[1]
 
 
@@ -183,7 +183,7 @@ def test_a_gap_that_may_be_none_has_an_unbounded_share_and_no_gap_has_none():
     effect = gap_closed(own, low, high)
     assert (effect.value, effect.interval) == (pytest.approx(0), (-math.inf, math.inf))
     assert gap_closed(own, high, low) is None
-    assert loss_above_mark(own, high, low, 0.8).value == pytest.approx(0.001 - 0.8 * 0.001)
+    assert loss_above_mark(own, high, low, share=0.8).value == pytest.approx(0.001 - 0.8 * 0.001)
 
 
 def test_a_gap_that_all_examples_agree_on_is_exact():
