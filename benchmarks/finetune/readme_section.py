@@ -1,0 +1,154 @@
+"""The README's part: short, and nothing that was not run."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.finetune.claims import FULL_BUDGET, LESS_BUDGET, RIVALS, Claim, contender
+from benchmarks.finetune.comparison import median_loss, median_metric
+from benchmarks.finetune.figures import MISSING, megabytes, plain, share, signed, with_interval
+from benchmarks.finetune.provenance import describe_runs, describe_setting
+from benchmarks.finetune.results import Results
+from benchmarks.finetune.tables import before_training, memory_sentence
+from benchmarks.finetune.titles import base_name, budget_title, method_title
+from peft_autoqra.markdown import markdown_table
+
+ROWS: tuple[tuple[str, str | None], ...] = (
+    ("lora-r16", None),
+    ("qlora-r16", None),
+    ("qlora-rslora-r64", None),
+    ("qlora-loftq-r16", None),
+    ("qlora-adalora", None),
+    ("qlora-eva-r16", None),
+    ("uniform", FULL_BUDGET),
+    ("sequential", FULL_BUDGET),
+    ("autoround", FULL_BUDGET),
+    ("published", FULL_BUDGET),
+    ("autoqra", FULL_BUDGET),
+    ("autoqra", LESS_BUDGET),
+)
+NOTHING = "Nothing is recorded yet."
+_PLACES = {None: "", FULL_BUDGET: ", QLoRA's memory", LESS_BUDGET: ", 75% of it"}
+WIDTH = 120
+_CLAIMS_LEGEND = (
+    '"Yes" and "no": the 95% interval over seeds and examples leaves no other answer. Memory: what QLoRA r=16 takes '
+    "with that many bits while training, or as stored."
+)
+
+
+def readme_section(results: Results | None, picture: Path | None) -> str:
+    """Tables with what is needed to read them.
+
+    Args:
+        results: None without records.
+        picture: losses over memory; from the README's folder.
+    """
+    if results is None or not results.tasks:
+        return NOTHING
+    paragraphs = [
+        describe_setting(results.config),
+        _main_table(results),
+        _legend(results),
+        _claims_table(results),
+        _CLAIMS_LEGEND if results.claims else "",
+        f"![Loss minus that of QLoRA r=16 over memory, a panel for each task]({picture})" if picture else "",
+        f"{memory_sentence(results)} {describe_runs(results)}",
+    ]
+    return "\n\n".join(text if text.startswith(("|", "!")) else paragraph(text) for text in paragraphs if text)
+
+
+def paragraph(text: str) -> str:
+    """Wrapped as the rest of the file is."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def known_rows(results: Results) -> list[tuple[str, str | None]]:
+    """Methods and budgets of the table, those with results."""
+    rows = [(contender(results.config, method), budget) for method, budget in ROWS]
+    return [row for row in rows if results.runs_of_all_tasks(*row)]
+
+
+def _main_table(results: Results) -> str:
+    known = known_rows(results)
+    header = ["method", "training memory, MB", *results.tasks, "accuracy", "before training"]
+    return markdown_table(header, [_main_row(results, *row) for row in known])
+
+
+def _main_row(results: Results, method: str, budget: str | None) -> list[str]:
+    cells = results.runs_of_all_tasks(method, budget)
+    records = [record for runs in cells for record in runs.records]
+    sizes = [record.memory.measured.total_bytes for record in records if record.memory is not None]
+    before = before_training(results, records)
+    return [
+        f"{method_title(method)}{_PLACES[budget]}",
+        megabytes(statistics.median(sizes) if sizes else None),
+        *(_loss_cell(results, task, method, budget) for task in results.tasks),
+        " / ".join(_accuracy(results, task, method, budget) for task in results.tasks),
+        plain(before, 2),
+    ]
+
+
+def _loss_cell(results: Results, task: str, method: str, budget: str | None) -> str:
+    if (runs := results.runs(task, method, budget)) is None:
+        return MISSING
+    if (difference := results.loss_to_baseline(runs)) is None:
+        return f"0 (loss {plain(median_loss(runs))})"  # the baseline itself, without which a task is not shown
+    closed = results.gap_closed(runs)
+    return with_interval(difference) + (f", {share(closed.value)}" if closed else "")
+
+
+def _accuracy(results: Results, task: str, method: str, budget: str | None) -> str:
+    runs = results.runs(task, method, budget)
+    return plain(median_metric(runs), 2) if runs else MISSING
+
+
+def _legend(results: Results) -> str:
+    found = [results.runs(task, *row) for row in known_rows(results) for task in results.tasks]
+    text = (
+        f"{', '.join(results.tasks)}: held-out loss minus that of QLoRA r=16, nats per token (below 0 is better), "
+        "median over seeds, in brackets 95% over seeds and held-out examples; then the share closed of its gap "
+        "to 16-bit LoRA. Accuracy: in the order of these tasks. Before training: search and calibration, in QLoRA "
+        "fine-tunes by the clock."
+    )
+    if any(base_name(method) != method for method, _ in known_rows(results)):
+        text += " Cost: what a search may spend, in fine-tunes by tokens."
+    if not all(found):
+        text += f" {MISSING}: no result yet, or none that can be had."
+    if any(runs is not None and len(runs.runs) == 1 for runs in found):
+        text += " Some rows have one seed only: their brackets are about other examples, not other seeds."
+    return text
+
+
+def _claims_table(results: Results) -> str:
+    """Rows without a result are left out; rivals take one row for all budgets."""
+    claims = [claim for claim in results.claims if claim.effect is not None]
+    rows = [
+        [f"{text}?", *(_one(claims, text, task) for task in results.tasks)]
+        for text in dict.fromkeys(claim.text for claim in claims if claim.rival is None)
+    ]
+    for rival in RIVALS:
+        against = [claim for claim in claims if claim.rival == rival]
+        if against:
+            row = f'better than "{method_title(contender(results.config, rival))}" at equal memory?'
+            rows.append([row, *(_by_verdict(against, task) for task in results.tasks)])
+    return markdown_table(["this package:", *results.tasks], rows) if rows else ""
+
+
+def _one(claims: Sequence[Claim], text: str, task: str) -> str:
+    for claim in claims:
+        if claim.effect is not None and (claim.text, claim.task) == (text, task):
+            value = claim.effect.value
+            return f"{claim.verdict} ({share(value) if claim.figure == 'share of the gap' else signed(value)})"
+    return MISSING
+
+
+def _by_verdict(claims: Sequence[Claim], task: str) -> str:
+    parts = []
+    for verdict in ("yes", "not shown", "no"):
+        found = [budget_title(claim.budget) for claim in claims if (claim.task, claim.verdict) == (task, verdict)]
+        if found:
+            parts.append(f"{verdict}: {', '.join(found)}")
+    return "; ".join(parts) or MISSING
