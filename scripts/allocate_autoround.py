@@ -5,10 +5,11 @@ nothing of this package:
 
     python -m venv autoround-venv
     autoround-venv/bin/pip install torch==2.13.0 auto-round==0.16.1
-    autoround-venv/bin/python scripts/allocate_autoround.py --model MODEL_FOLDER --texts train.jsonl --output bits.json
+    autoround-venv/bin/python scripts/allocate_autoround.py --model MODEL --texts TEXTS --avg-bits 3 4 --output OUTPUT
 
-Without a GPU install torch's CPU build first. The result lists, for every average, the bits of ``modules`` in order;
-``seconds`` is what one allocation takes, scoring included.
+Without a GPU install torch's CPU build first. The benchmark reads benchmarks/finetune/autoround/MODEL-TASK.json. Such
+a file lists, for every average, the bits of ``modules`` in their order; ``seconds`` is what one allocation takes,
+scoring included.
 
 What AutoScheme does: every option is applied to all modules at once, rounded to nearest; the absolute products of
 weight gradients and weight errors, summed, are a module's loss at that option; a dynamic program then minimizes their
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # texts that cannot be used must be an error, not another data set
@@ -75,18 +77,12 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of an unquantized model")
     parser.add_argument("--texts", type=Path, required=True, help="JSONL with prompt and completion, or text")
-    parser.add_argument(
-        "--avg-bits",
-        type=float,
-        nargs=3,
-        default=[2.3, 6.4, 0.05],
-        metavar=("FIRST", "LAST", "STEP"),
-        help="average widths to allocate for",
-    )
+    parser.add_argument("--avg-bits", type=float, nargs="+", required=True, help="average widths to allocate for")
     parser.add_argument("--options", type=int, nargs="+", default=[2, 3, 4, 8, DENSE_BITS], help="bits of a module")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--num-sequences", type=int, default=32, help="twice AutoScheme's default")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens; texts are packed to this length")
+    parser.add_argument("--num-sequences", type=int, default=16, help="AutoScheme's default")
+    parser.add_argument("--sequence-length", type=int, default=256, help="likewise; texts are packed to it")
+    parser.add_argument("--num-texts", type=int, default=1000, help="examples that texts are taken of, from the front")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
 
@@ -97,8 +93,9 @@ def write_texts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
     Its own packing (``:concat=True``) fails on files with auto-round 0.16.1 and datasets 5.2.
     """
     texts, parts, length = [], [], 0
-    for line in options.texts.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    with options.texts.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, options.num_texts)]
+    for row in rows:
         parts.append((row["text"] if "text" in row else row["prompt"] + row["completion"]) + tokenizer.eos_token)
         length += len(tokenizer(parts[-1])["input_ids"])
         if length >= options.sequence_length:
@@ -117,9 +114,8 @@ def make_generator(options: argparse.Namespace, texts: Path) -> GenScheme:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     write_texts(options, tokenizer, texts)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    first, last, step = options.avg_bits
     scheme = AutoScheme(
-        avg_bits=[round(first + index * step, 6) for index in range(int((last - first) / step + 1.5))],
+        avg_bits=sorted(set(options.avg_bits)),
         options=[option_of(bits, options.group_size) for bits in options.options],
         nsamples=options.num_sequences,
         seqlen=options.sequence_length,

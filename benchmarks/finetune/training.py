@@ -103,7 +103,7 @@ def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *,
         args=quiet_arguments(args, str(args.output_dir)),
         train_dataset=setting.data.train,
         processing_class=setting.data.processing_class,
-        callbacks=[count, *prepared.callbacks],
+        callbacks=[*prepared.callbacks, count],  # AdaLoRA makes tensors of its own in a callback
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

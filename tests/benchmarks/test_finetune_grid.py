@@ -57,6 +57,27 @@ def test_learning_rates_come_first_and_other_seeds_take_the_best() -> None:
     assert [(run.learning_rate, run.seed) for run in later] == [(2e-3, 6), (2e-3, 7)]
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({1e-3: 1.0, 2e-3: 2.0, 4e-3: 3.0}, {5e-4}),
+        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.0}, {8e-3}),
+        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.0, 8e-3: 0.5}, {16e-3}),
+        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.0, 8e-3: 0.5, 16e-3: 0.1}, set()),
+        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.0, 8e-3: 1.5}, set()),
+    ],
+)
+def test_a_best_rate_at_the_edge_asks_for_one_beyond(losses: dict[float, float], expected: set[float]) -> None:
+    config = make_config(Group(methods=("plain",), tasks=("a",), seeds=(0,)))
+    records = [
+        make_record(Run(config="tiny", task="a", method="plain", budget=None, learning_rate=rate, seed=0), loss)
+        for rate, loss in losses.items()
+    ]
+    assert {run.learning_rate for run in wanted_runs(config, KNOWN, records)} == expected
+    best = best_learning_rate(("a", "plain", None), config, records, 0)
+    assert best == (None if expected else min(losses, key=lambda rate: losses[rate]))
+
+
 def test_diverged_rates_are_not_chosen_and_a_cell_where_all_diverge_ends() -> None:
     config = make_config(Group(methods=("plain",), tasks=("a",)))
     runs = wanted_runs(config, KNOWN, [])
@@ -106,7 +127,7 @@ def test_configurations_name_what_there_is(path: Path) -> None:
     [
         ("max_steps", "max_step", "unknown entries .*max_step"),
         ("tasks:", "task:", "unknown entries .*task"),
-        ("learning_rates: [2.0e-3]", "", "lacks .*learning_rates"),
+        ("learning_rates: [1.0e-3, 2.0e-3]", "", "lacks .*learning_rates"),
     ],
 )
 def test_wrong_entries_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:

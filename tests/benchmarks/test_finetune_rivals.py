@@ -64,6 +64,7 @@ def test_names_are_those_of_the_tables() -> None:
         "lora-r16",
         "qlora-r8",
         "qlora-r16",
+        "qlora-r16-bf16",
         "qlora-r64",
         "qlora-rslora-r64",
         "qlora-loftq-r16",
@@ -79,7 +80,7 @@ def test_takes_the_bytes_that_it_predicts(name: str, setting: TinySetting) -> No
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_trains_float32_adapters_on_every_linear_layer_but_the_head(name: str, setting: TinySetting) -> None:
+def test_trains_adapters_on_every_linear_layer_but_the_head(name: str, setting: TinySetting) -> None:
     prepared = prepare(METHODS[name], setting)
     layers = {n: m for n, m in prepared.model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     assert set(layers) == set(prepared.module_names)
@@ -89,7 +90,7 @@ def test_trains_float32_adapters_on_every_linear_layer_but_the_head(name: str, s
     before = {n: p.detach().clone() for n, p in prepared.model.named_parameters() if p.requires_grad}
     train(prepared, setting, 2)
     after = {n: p.detach() for n, p in prepared.model.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in after.values()} == {torch.float32}
+    assert {p.dtype for p in after.values()} == {torch.bfloat16 if name.endswith("bf16") else torch.float32}
     assert before.keys() == after.keys()
     assert all("lora_" in n for n in after)
     assert all(not torch.equal(before[n], after[n]) for n in after)
