@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.finetune.config import Config
-from benchmarks.finetune.grid import Cell, best_learning_rate
+from benchmarks.finetune.grid import Cell, best_learning_rate, swept_rates
 from benchmarks.finetune.records import Record
 from benchmarks.finetune.titles import budget_order, method_order
 
@@ -56,11 +56,15 @@ def runs_by_cell(config: Config, records: Iterable[Record]) -> dict[Cell, CellRu
         cells.setdefault((record.run.task, record.run.method, record.run.budget), []).append(record)
     ordered = sorted(cells, key=lambda cell: (method_order(cell[1]), budget_order(cell[2]), _task(config, cell)))
     found = {cell: _cell_runs(config, cell, cells[cell]) for cell in ordered}
-    return {cell: runs for cell, runs in found.items() if set(config.learning_rates) <= runs.swept.keys()}
+    return {cell: runs for cell, runs in found.items() if runs is not None}
 
 
-def _cell_runs(config: Config, cell: Cell, records: Sequence[Record]) -> CellRuns:
+def _cell_runs(config: Config, cell: Cell, records: Sequence[Record]) -> CellRuns | None:
+    """None while learning rates are left to be tried."""
     seed = _first_seed(config, cell)
+    swept = {record.run.learning_rate: record for record in records if record.run.seed == seed}
+    if not set(swept_rates(cell, config, records, seed)) <= swept.keys():
+        return None
     rate = best_learning_rate(cell, config, records, seed)
     return CellRuns(
         cell=cell,
@@ -70,7 +74,7 @@ def _cell_runs(config: Config, cell: Cell, records: Sequence[Record]) -> CellRun
             for record in records
             if record.status == "completed" and record.run.learning_rate == rate
         },
-        swept={record.run.learning_rate: record for record in records if record.run.seed == seed},
+        swept=swept,
         num_diverged=sum(record.status == "diverged" for record in records),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.finetune.grid import LEAST_SWEPT
 from benchmarks.finetune.provenance import describe_runs, describe_setting
 from benchmarks.finetune.readme_section import NOTHING, paragraph
 from benchmarks.finetune.results import Results
@@ -72,7 +73,7 @@ def _blocks(results: Results, pictures: Sequence[Path]) -> Iterator[str]:
 
 def _edge_sentence(results: Results) -> str:
     """Nothing where there is no middle to be best."""
-    if len(results.config.learning_rates) <= 2:
+    if len(results.config.learning_rates) < LEAST_SWEPT:
         return ""
     at_edge, num_cells = rates_at_the_edge(results)
     return f" In {at_edge} of {num_cells} rows the best one is the smallest or largest that was tried."

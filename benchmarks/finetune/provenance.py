@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.finetune.config import Config
 from benchmarks.finetune.figures import seeds_of
+from benchmarks.finetune.grid import LEAST_SWEPT
 from benchmarks.finetune.results import Results
 
 
@@ -14,7 +15,8 @@ def describe_setting(config: Config) -> str:
     """Model, recipe and learning rates."""
     recipe, sizes = config.recipe, config.sizes
     rates = ", ".join(f"{rate:g}" for rate in sorted(config.learning_rates))
-    tuned = f"the best of the learning rates {rates} by {sizes.dev} other examples"
+    further = ", and others beyond while the best is at the edge," if len(config.learning_rates) >= LEAST_SWEPT else ""
+    tuned = f"the best of the learning rates {rates}{further} by {sizes.dev} other examples"
     return (
         f"{config.model.rpartition('/')[2]}, {recipe.max_steps} steps of {recipe.batch_size} sequences of at most "
         f"{recipe.max_length} tokens, from {sizes.train} examples a task; every method at "

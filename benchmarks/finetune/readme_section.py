@@ -19,6 +19,7 @@ from peft_autoqra.markdown import markdown_table
 ROWS: tuple[tuple[str, str | None], ...] = (
     ("lora-r16", None),
     ("qlora-r16", None),
+    ("qlora-r16-bf16", None),
     ("qlora-rslora-r64", None),
     ("qlora-loftq-r16", None),
     ("qlora-adalora", None),
@@ -48,12 +49,13 @@ def readme_section(results: Results | None, picture: Path | None) -> str:
     """
     if results is None or not results.tasks:
         return NOTHING
+    claims = _claims_table(results)
     paragraphs = [
         describe_setting(results.config),
         _main_table(results),
         _legend(results),
-        _claims_table(results),
-        _CLAIMS_LEGEND if results.claims else "",
+        claims,
+        _CLAIMS_LEGEND if claims else "",
         f"![Loss minus that of QLoRA r=16 over memory, a panel for each task]({picture})" if picture else "",
         f"{memory_sentence(results)} {describe_runs(results)}",
     ]

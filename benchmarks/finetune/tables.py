@@ -198,7 +198,7 @@ def missing_notes(results: Results) -> list[str]:
         if not runs.runs
     ]
     if results.unfinished:
-        names = ", ".join(f"{cell_title(method, budget)} on {task}" for task, method, budget in results.unfinished)
+        names = "; ".join(f"{cell_title(method, budget)} on {task}" for task, method, budget in results.unfinished)
         notes.append(f"Not all learning rates tried yet: {names}")
     few = [cell for cell, runs in results.cells.items() if 0 < len(runs.runs) < MIN_SEEDS]
     if few:

@@ -10,6 +10,7 @@ METHODS = {
     "lora-r16": "LoRA r=16, 16 bits",
     "qlora-r8": "QLoRA r=8",
     "qlora-r16": "QLoRA r=16",
+    "qlora-r16-bf16": "QLoRA r=16, bfloat16 adapters",
     "qlora-r64": "QLoRA r=64",
     "qlora-rslora-r64": "QLoRA with rsLoRA r=64",
     "qlora-loftq-r16": "LoftQ r=16 on NF4",

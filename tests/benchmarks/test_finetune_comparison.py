@@ -23,6 +23,7 @@ from benchmarks.finetune.figures import seeds_of, signed, with_interval
 from benchmarks.finetune.records import Record
 from tests.benchmarks.synthetic_records import (
     BUDGET,
+    CONFIG,
     all_records,
     cell,
     memory,
@@ -81,6 +82,14 @@ def test_a_cell_is_shown_once_all_learning_rates_were_tried(config):
     first, second, *_ = cell("qlora-r16", 2.0)
     assert runs_by_cell(config, [first]) == {}
     assert len(runs_by_cell(config, [first, second])) == 1
+
+
+def test_a_cell_is_shown_once_its_best_learning_rate_is_inside_of_the_sweep(tmp_path):
+    config = write_config(tmp_path, text=CONFIG.replace("[0.001, 0.002]", "[0.001, 0.002, 0.004]"))
+    tried = [record("qlora-r16", loss, rate=rate) for rate, loss in ((0.001, 2.2), (0.002, 2.1), (0.004, 2.0))]
+    assert runs_by_cell(config, tried) == {}
+    (runs,) = runs_by_cell(config, [*tried, record("qlora-r16", 2.3, rate=0.008)]).values()
+    assert (runs.learning_rate, sorted(runs.swept)) == (0.004, [0.001, 0.002, 0.004, 0.008])
 
 
 def test_diverged_runs_are_counted_and_lose(config):

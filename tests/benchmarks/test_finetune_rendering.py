@@ -135,6 +135,13 @@ def test_what_is_not_there_is_a_dash_and_said_so(root):
     assert [text.split(" (")[0] for text in claim[1:]] == ["not shown", "not shown"]
 
 
+def test_no_verdicts_are_explained_where_there_are_none(root):
+    readme, _ = sections(root, cell("lora-r16", 2.5) + cell("qlora-r16", 2.6))
+    assert not rows(readme, "closes at least")
+    assert "leaves no other answer" not in readme
+    assert "leaves no other answer" in sections(root, all_records())[0]
+
+
 def test_the_guide_has_every_cell(root):
     records = all_records() + cell("autoqra", 2.58, budget=LESS, memory=memory(140_000_000, 142_000_000, 3))
     records += cell("uniform", 2.9, budget=STORED, mean_bits=3.0, mean_rank=8.0)
