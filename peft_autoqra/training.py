@@ -17,9 +17,16 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
-from peft_autoqra.checkpoints import check_checkpoint, checkpoint_plan, find_checkpoint
+from peft_autoqra.checkpoints import (
+    check_checkpoint,
+    checkpoint_plan,
+    find_checkpoint,
+    forget_contents,
+    note_contents,
+)
 from peft_autoqra.distribution import Distribution, Strategy, find_distribution
 from peft_autoqra.errors import AutoQRAError, PlanMismatchError
 from peft_autoqra.evaluation.sft import SFTData
@@ -31,6 +38,7 @@ from peft_autoqra.plan import DENSE_BITS, BitRankPlan, QuantizerSettings
 from peft_autoqra.portable_trainer import PortableTrainer
 from peft_autoqra.readme import README
 from peft_autoqra.recipe import AdapterArguments
+from peft_autoqra.replaced_file import replaced_file, stored
 from peft_autoqra.streaming.empty_layers import empty_dense_model
 from peft_autoqra.streaming.hf_quantizer import empty_base, note_base
 from peft_autoqra.streaming.quant_config import METHOD
@@ -198,6 +206,7 @@ class FineTune:
 
         Raises:
             TrainingDivergedError: the loss is not finite; nothing is saved.
+            StorageError: the disk is full; an adapter that was there is kept.
         """
         trainer, args = self.trainer, self.trainer.args
         start = time.perf_counter()
@@ -232,8 +241,8 @@ class FineTune:
         )
         if self.is_main_process:
             trainer.update_model_card()
-            text = json.dumps(result.to_dict(), indent=2)
-            Path(args.output_dir, RESULT_FILE).write_text(text, encoding="utf-8")
+            with replaced_file(Path(args.output_dir, RESULT_FILE)) as partial:
+                partial.write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
         return result
 
     @property
@@ -251,6 +260,15 @@ class _CardTrainer(PortableTrainer):
     """Adds the plan and the figures to the model card, which SFTTrainer writes anew with every checkpoint and push."""
 
     finetune_figures: FineTuneFigures | None = None
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with stored(checkpoint):
+            if self.args.should_save:
+                forget_contents(checkpoint)
+            super()._save_checkpoint(*args, **kwargs)
+            if self.args.should_save:
+                note_contents(checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
