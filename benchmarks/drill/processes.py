@@ -24,6 +24,7 @@ def warm_context() -> ForkServerContext:
     """Processes that start with everything imported, and one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONFAULTHANDLER"] = "1"
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"  # of semaphores that killed processes had
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     return context
@@ -91,7 +92,7 @@ class Processes:
         self._number += 1
         output = self._directory / f"output-{self._number}"
         environment = {
-            "HF_HOME": str(self._directory / "hf"),
+            "HF_HOME": str(self.caches),
             "HF_HUB_OFFLINE": "1",
             "TMPDIR": str(self.temporary_directory),
         }
@@ -102,6 +103,11 @@ class Processes:
     def run(self, command: Command) -> Ended:
         """One command to its end."""
         return self.start(command).ended()
+
+    @property
+    def caches(self) -> Path:
+        """Where libraries keep prepared data."""
+        return self._directory / "hf"
 
     @property
     def temporary_directory(self) -> Path:
