@@ -1,7 +1,8 @@
 """The reliability drill: kills, full disks, damaged files, trouble in trials and races; exit status 1 if one was lost.
 
 Everything is real: processes of the commands, SIGKILL, a file system that is full, bytes on disk. Only the model is
-tiny. It needs a POSIX system; as root on Linux the full disk is a small file system, elsewhere files are limited in size.
+tiny. It needs a POSIX system; as root on Linux the full disk is a small file system, elsewhere files are limited in
+size.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ def main() -> int:
         parts = [_run(part, processes, tuple(folder.flags), directory, args) for part in args.parts]
     num, num_survived = sum(len(part.attempts) for part in parts), sum(part.num_survived for part in parts)
     print(f"{num_survived} of {num} survived with nothing lost.")
-    _write(args, parts)
     return 0 if num_survived == num else 1
 
 
@@ -63,6 +63,7 @@ def _run(
     attempts, figures = PARTS[name](processes, flags, folder, args)
     outcome = PartOutcome(name=name, attempts=attempts, seconds=time.perf_counter() - start, figures=dict(figures))
     print(outcome, flush=True)
+    _write(args, outcome)
     return outcome
 
 
@@ -101,17 +102,20 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _write(args: argparse.Namespace, parts: list[PartOutcome]) -> None:
-    record = {
+def _write(args: argparse.Namespace, part: PartOutcome) -> None:
+    """Into ``drill.json``, in the place of an earlier run of this part; the others are left there."""
+    path = args.output_dir / "drill.json"
+    parts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    parts[part.name] = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "seed": args.seed,
-        "parts": {part.name: part.to_dict(args.seed) for part in parts},
+        **part.to_dict(args.seed),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "drill.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import torch
-from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,6 +19,7 @@ from trl import SFTConfig
 
 from peft_autoqra import AutoQRAQuantConfig
 from peft_autoqra.checkpoints import find_checkpoint
+from peft_autoqra.evaluated_model import EvaluatedModel
 from peft_autoqra.importance.bank_store import BankStore
 from peft_autoqra.importance.statistics import StatisticsStore
 from peft_autoqra.plan import BitRankPlan
@@ -94,7 +94,7 @@ def _of_calibration(calibration: Path) -> list[Artefact]:
     part = sorted(calibration.glob("*/part-*.safetensors"))[0]
     return [
         Artefact("calibration bank", entry, partial(_bank_entry, entry.parents[1], name, bits)),
-        Artefact("calibration statistics", part, partial(_statistics, part)),
+        Artefact("calibration statistics", part, partial(_statistics, part, _names_of(part))),
     ]
 
 
@@ -147,16 +147,12 @@ def _bank_entry(folder: Path, name: str, bits: int) -> Any:
     return weight.format, _digest(dict(enumerate([*tensors, *map(torch.from_numpy, arrays)])))
 
 
-def _statistics(part: Path) -> Any:
+def _statistics(part: Path, names: tuple[str, ...]) -> Any:
     fingerprint = part.parent.name.split("-")[-1]
-    names = _STATISTICS_NAMES.setdefault(part, _names_of(part))
     statistics = StatisticsStore(part.parent, fingerprint).load(names)
     if statistics is None:
         return Refused()
     return _digest({f"{name} {i}": tensor for name in names for i, tensor in enumerate(_tensors(statistics[name]))})
-
-
-_STATISTICS_NAMES: dict[Path, tuple[str, ...]] = {}
 
 
 def _names_of(part: Path) -> tuple[str, ...]:
@@ -168,9 +164,10 @@ def _tensors(statistics: Any) -> tuple[Tensor, ...]:
 
 
 def _adapter(folder: Path) -> str:
-    model = AutoPeftModelForCausalLM.from_pretrained(folder)
-    scalings = {name: m.scaling for name, m in model.named_modules() if hasattr(m, "scaling")}
-    return _digest(model.state_dict()) + json.dumps(scalings, sort_keys=True)
+    args = ModelArguments()
+    with EvaluatedModel.find(str(folder), args).loaded(args, SFTConfig(use_cpu=True, bf16=False)) as model:
+        scalings = {name: m.scaling for name, m in model.named_modules() if hasattr(m, "scaling")}
+        return _digest(model.state_dict()) + json.dumps(scalings, sort_keys=True)
 
 
 def _checkpoint(folder: Path) -> Mapping[str, str]:

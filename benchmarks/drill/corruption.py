@@ -53,7 +53,7 @@ def damage(content: bytes, rng: random.Random) -> Damage:
 def drill_corruption(
     processes: Processes, flags: tuple[str, ...], directory: Path, num: int, seed: str
 ) -> tuple[list[Attempt], Mapping[str, Any]]:
-    """``num`` times for each artefact, a tenth of that where a model is built each time."""
+    """``num`` times for each artefact, a quarter of that where a model is built each time."""
     jobs = SearchJob(flags, directory / "search"), TrainJob(flags, directory / "training")
     for job in jobs:
         clear(job)
@@ -80,7 +80,7 @@ def _read_damaged(search: Path, training: Path, base: Path, num: int, seed: str,
         for artefact in find_artefacts(search, training, base):
             pristine = artefact.path.read_bytes()
             wanted = artefact.read()
-            for index in range(max(2, num // 10) if artefact.is_slow else num):
+            for index in range(max(2, num // 4) if artefact.is_slow else num):
                 change = damage(pristine, random.Random(f"{seed} {artefact.name} {index}"))
                 artefact.path.write_bytes(change.content)
                 attempt = _attempt(artefact, wanted, change.case)

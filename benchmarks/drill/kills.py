@@ -63,10 +63,8 @@ class KillDrill:
         defects.append(self._final_defect(ended))
         defect = next((defect for defect in defects if defect is not None), None)
         self.stray_bytes = max(self.stray_bytes, self._stray_bytes())
-        cases = (
-            f"{self._job.name} killed after {moment:.3f} s ({number} of {len(moments)})"
-            for number, moment in enumerate(moments, 1)
-        )
+        num = len(moments)
+        cases = [f"{self._job.name} killed after {moment:.3f} s ({i} of {num})" for i, moment in enumerate(moments, 1)]
         found = f"{self._job.name} ended as if undisturbed" if defect is None else f"{self._job.name} did not"
         return [Attempt(case=case, found=found, defect=defect) for case in cases]
 
@@ -78,11 +76,9 @@ class KillDrill:
     def _stray_bytes(self) -> int:
         """What killed processes left and nobody will read: temporary files of this package and of others."""
         folders = (self._job.folder, *self._caches, self._processes.temporary_directory)
-        files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
-        temporary = self._processes.temporary_directory
-        stray = [
-            p for p in files if "partial" in p.as_posix() or "incomplete" in p.as_posix() or temporary in p.parents
-        ]
+        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        words = ("partial", "incomplete", self._processes.temporary_directory.as_posix())
+        stray = [path for path in files if any(word in path.as_posix() for word in words)]
         return sum(path.stat().st_size for path in stray)
 
     def figures(self) -> dict[str, Any]:

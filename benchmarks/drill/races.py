@@ -55,9 +55,6 @@ class _Race:
             again = self._processes.run(self._job.command())
             defect = None if again.code == 0 else again.output[-600:]
         defect = defect or differences(self._job.state(), self._reference) or self._job.partway_defect(self._reference)
-        found = (
-            f"{num} searches: others refused, result as if undisturbed"
-            if refused
-            else f"{num} searches, one after another"
-        )
+        how = "the others refused, result as if undisturbed" if refused else "one after another"
+        found = f"{num} searches, {how}"
         return Attempt(case=case, found=found if defect is None else "lost", defect=defect)

@@ -22,7 +22,7 @@ from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_file import ADAPTER_FILE
 from peft_autoqra.trial import Fidelity, TrialResult
 
-MAX_TRIAL_SECONDS = 2
+MAX_TRIAL_SECONDS = 6
 _CUDA_MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
 _TOO_MANY_BYTES = 2**50
 
@@ -39,7 +39,7 @@ def allocate() -> None:
 
 def hang() -> None:
     """Longer than a trial may take."""
-    time.sleep(60 * MAX_TRIAL_SECONDS)
+    time.sleep(10 * MAX_TRIAL_SECONDS)
 
 
 KINDS: Mapping[str, Callable[[], None] | None] = {
@@ -146,7 +146,7 @@ def _search(processes: Processes, job: SearchJob, seed: str) -> Attempt:
     record = job.folder.with_name("trouble")
     record.unlink(missing_ok=True)
     command = replace(
-        job.command("--max_trial_seconds", str(MAX_TRIAL_SECONDS)), disturb=Trouble(seed, share=0.3, record=record)
+        job.command("--max_trial_seconds", str(MAX_TRIAL_SECONDS)), disturb=Trouble(seed, share=0.4, record=record)
     )
     ended = processes.run(command)
     kinds = record.read_text().splitlines() if record.exists() else []
@@ -209,9 +209,8 @@ class _TroubledTraining:
         record = job.folder.with_name("training-trouble")
         ended = self._processes.run(replace(job.command(), disturb=TrainingTrouble(kind, step, record)))
         defect = None
-        if not ended.is_clear_error or (
-            "loss is nan" not in ended.last_line and "Out of memory" not in ended.last_line
-        ):
+        named = "held-out loss is nan" if kind == "NaN" else "Out of memory"
+        if not ended.is_clear_error or named not in ended.last_line:
             defect = f"no clear error: exit status {ended.code}, {ended.output[-600:]}"
         elif (job.folder / ADAPTER_FILE).read_bytes() != adapter:
             defect = "the adapter that was there is another one"
@@ -222,9 +221,8 @@ class _TroubledTraining:
         if defect is None:
             defect = differences(job.state(), self._reference) if again.code == 0 else again.output[-600:]
         found = f"training with {kind}: refused, then ended as if undisturbed"
-        return Attempt(
-            case=f"training with {kind} at step {step + 1}", found=found if defect is None else "lost", defect=defect
-        )
+        case = f"training with {kind} at step {step + 1}"
+        return Attempt(case=case, found=found if defect is None else "lost", defect=defect)
 
 
 def _remove(folder: Path) -> None:
