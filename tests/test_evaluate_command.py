@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -234,6 +235,13 @@ class TestMistakes:
 
     def test_no_data(self, capsys, places):
         fails_with_one_line(capsys, ["evaluate", places.model], "--eval_file")
+
+    def test_a_damaged_adapter(self, capsys, places, tmp_path):
+        adapter = Path(shutil.copytree(places.adapter, tmp_path / "adapter"))
+        weights = adapter / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        argv = ["evaluate", str(adapter), "--eval_file", places.questions]
+        fails_with_one_line(capsys, argv, str(adapter), "cannot be loaded")
 
     def test_data_without_completions(self, capsys, places):
         argv = ["evaluate", places.model, "--eval_file", str(places.tiny.data / "test.jsonl"), "--metric", "accuracy"]
