@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
 import zipfile
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig
 
 from peft_autoqra.errors import PlanMismatchError
 from peft_autoqra.plan import BitRankPlan
+from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE
 from peft_autoqra.recipe import RecipeError
+from peft_autoqra.replaced_file import replaced_file
 
 
 def find_checkpoint(args: SFTConfig) -> str | None:
@@ -35,6 +38,18 @@ def find_checkpoint(args: SFTConfig) -> str | None:
     if defect is not None:
         raise RecipeError(f"resume_from_checkpoint: {wanted} {defect}; name another one, or leave it out.")
     return wanted
+
+
+def forget_contents(checkpoint: Path) -> None:
+    """Before anything of a checkpoint is written again."""
+    (checkpoint / CONTENTS_FILE).unlink(missing_ok=True)
+
+
+def note_contents(checkpoint: Path) -> None:
+    """Write the checksums of what a run goes on from, and one process writes, beside it."""
+    files = [path for path in (checkpoint / name for name in (*_FILES, *_FURTHER_FILES)) if path.is_file()]
+    with replaced_file(checkpoint / CONTENTS_FILE) as partial:
+        partial.write_text(json.dumps({path.name: _checksum(path) for path in files}, indent=2), encoding="utf-8")
 
 
 def checkpoint_plan(checkpoint: str, plan: BitRankPlan) -> BitRankPlan:
@@ -92,7 +107,31 @@ def _defect(checkpoint: Path) -> str | None:
             return f"lacks {name}"
         if not is_whole(checkpoint / name):
             return f"has a damaged {name}"
+    return _changed(checkpoint)
+
+
+def _changed(checkpoint: Path) -> str | None:
+    """What is other than noted; one of a run that was killed just then, or of another trainer, has no note."""
+    note = checkpoint / CONTENTS_FILE
+    if not note.is_file():
+        return None
+    try:
+        checksums = dict(json.loads(note.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        return f"has a damaged {CONTENTS_FILE}"
+    for name, checksum in checksums.items():
+        path = checkpoint / name
+        if path.name != name or not path.is_file() or _checksum(path) != checksum:
+            return f"has another {name} than was written (delete {CONTENTS_FILE} to take it as it is)"
     return None
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _is_json(file: Path) -> bool:
@@ -111,6 +150,8 @@ def _is_safetensors(file: Path) -> bool:
         return False
 
 
+CONTENTS_FILE = "autoqra_checkpoint.json"
+_CHUNK_BYTES = 2**20
 _FILES = {
     TRAINER_STATE_NAME: _is_json,
     SAFETENSORS_WEIGHTS_NAME: _is_safetensors,
@@ -118,3 +159,4 @@ _FILES = {
     SCHEDULER_NAME: zipfile.is_zipfile,
 }
 """What a run needs to go on, and how to see that a file was written to its end."""
+_FURTHER_FILES = (CONFIG_NAME, ADAPTER_CALIBRATION_FILE, "rng_state.pth", SCALER_NAME)

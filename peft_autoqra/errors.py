@@ -49,6 +49,10 @@ class MissingDependencyError(AutoQRAError, RuntimeError):
     """Something outside the package that a feature needs and that is not installed."""
 
 
+class StorageError(AutoQRAError, OSError):
+    """A file that cannot be written, for example because the disk is full; what was there before is kept."""
+
+
 class ExportError(AutoQRAError, ValueError):
     """An adapter or plan that another format cannot hold, or a folder that an export must not replace."""
 

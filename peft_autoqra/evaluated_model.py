@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -124,7 +125,7 @@ def _read(what: str, source: Any, reader: Any, *arguments: Any, **settings: Any)
         return reader.from_pretrained(source, *arguments, **settings)
     except AutoQRAError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         name = arguments[0] if arguments else source
         raise RecipeError(f"The {what} {name!r} cannot be loaded: {_first_line(error)}") from error
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError, PlanMismatchError
 from peft_autoqra.module_names import check_module_name
+from peft_autoqra.replaced_file import replaced_file
 from peft_autoqra.safetensors_file import TensorEntry, check_can_be_read, open_safetensors, tensor_entries
 
 CALIBRATION_FILE = "autoqra_calibration.safetensors"
@@ -131,11 +132,13 @@ class PlanCalibration:
 
         Raises:
             InvalidPlanError: it is too large to be read again.
+            StorageError: the disk does not take it; a file that was there is kept.
         """
         tensors = self._tensors()
         metadata = {"format": "np", _CHECKSUM: _checksum(tensors)}
         check_can_be_read(directory / filename, {key: tensor.shape for key, tensor in tensors.items()}, metadata)
-        save_file(tensors, directory / filename, metadata=metadata)
+        with replaced_file(directory / filename) as partial:
+            save_file(tensors, partial, metadata=metadata)
 
     def _tensors(self) -> dict[str, npt.NDArray[np.generic]]:
         tensors: dict[str, npt.NDArray[np.generic]] = {

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.module_names import MAX_MODULES
+from peft_autoqra.replaced_file import replaced_file
 from peft_autoqra.safetensors_file import TensorEntry, check_can_be_read, open_safetensors, tensor_entries
 
 PLAN_FILE = "autoqra_plan.safetensors"
@@ -158,10 +159,12 @@ def save(path: Path, content: PlanContent, metadata: Mapping[str, str]) -> None:
 
     Raises:
         InvalidPlanError: it is too large to be read again.
+        StorageError: the disk does not take it; a file that was there is kept.
     """
     tensors = {"bits": np.array(content.bits, dtype=np.int32), "rank": np.array(content.rank, dtype=np.int32)}
     check_can_be_read(path, {name: tensor.shape for name, tensor in tensors.items()}, metadata)
-    save_file(tensors, path, metadata=dict(metadata))
+    with replaced_file(path) as partial:
+        save_file(tensors, partial, metadata=dict(metadata))
 
 
 def check_tensors(path: Path, bits: Sequence[int], ranks: Sequence[int]) -> None:

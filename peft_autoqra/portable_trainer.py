@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
+from peft_autoqra.replaced_file import replaced_contents
 from peft_autoqra.sharding import (
     load_whole_adapter,
     load_whole_optimizer_state,
@@ -40,7 +42,18 @@ class PortableTrainer(SFTTrainer):  # type: ignore[misc]
         return bool(self.accelerator.is_fsdp2)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; every process must call this, the first one writes."""
+        """Write the adapter; every process must call this, the first one writes.
+
+        Files that are there are replaced only when all the new ones are written.
+
+        Raises:
+            StorageError: the disk does not take it.
+        """
+        folder = Path(output_dir or str(self.args.output_dir))
+        with replaced_contents(folder) if self.args.should_save else nullcontext(folder) as new:
+            self._write_model(str(new), _internal_call)
+
+    def _write_model(self, output_dir: str, _internal_call: bool) -> None:
         if not self.is_sharded:
             super().save_model(output_dir, _internal_call)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft_autoqra.replaced_file import replaced_file
 from peft_autoqra.report_data import read_report_data
 from peft_autoqra.report_page import build_report
 
@@ -37,14 +38,8 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
     folder = path.with_suffix("")
     report = build_report(read_report_data(directory), folder.name)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in report.files.items():
-        _write(folder / name, content)
-    _write(path, report.page.encode())
+    contents = {folder / name: content for name, content in report.files.items()} | {path: report.page.encode()}
+    for file, content in contents.items():
+        with replaced_file(file) as partial:
+            partial.write_bytes(content)
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

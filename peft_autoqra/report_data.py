@@ -15,6 +15,7 @@ from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo, objective_
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_file import PLAN_FILE
 from peft_autoqra.plan_points import BEST_SEARCHED, WINNER, PlanPoint, budget_from, points_from
+from peft_autoqra.sealed_record import unsealed
 from peft_autoqra.trial_log import TOLD_AT
 
 _TRIALS_FILE, _RESULT_FILE, _RECIPE_FILE, _PLAN_FOLDER = "trials.jsonl", "search_result.json", "recipe.yaml", "plan"
@@ -191,9 +192,10 @@ def _read_result(path: Path) -> dict[str, Any] | None:
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
+        result = unsealed(result)
+    except (TypeError, ValueError) as error:
         raise SearchStateError(_damaged(path, error)) from error
-    if not isinstance(result, dict) or not result:
+    if not result:
         raise SearchStateError(_damaged(path, TypeError("no result of a search")))
     return result
 
@@ -212,7 +214,7 @@ def _read_trials(path: Path) -> tuple[dict[str, Any] | None, tuple[TrialRow, ...
         return None, ()
     lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
     try:
-        records = [json.loads(line) for line in lines]
+        records = [unsealed(json.loads(line)) for line in lines]
         identity = records[0]["identity"] if records else {}
         told = [record for record in records[1:] if record["kind"] == "trial"]
         return identity, tuple(_trial_row(record, end) for record, end in zip(told, _ends(told), strict=True))

@@ -14,6 +14,8 @@ from peft_autoqra.objective_info import HELD_OUT_LOSS, ObjectiveInfo
 from peft_autoqra.paired import PairedDifference
 from peft_autoqra.plan import BitRankPlan
 from peft_autoqra.plan_points import BEST_SEARCHED, POINTS, WINNER, PlanPoint, pareto_front
+from peft_autoqra.replaced_file import replaced_file, stored
+from peft_autoqra.sealed_record import sealed
 from peft_autoqra.search.surrogate import SurrogateCheck
 from peft_autoqra.search_points import search_points, trial_difference
 from peft_autoqra.trial import Trial
@@ -162,11 +164,15 @@ class SearchResult:
         return f"Its loss differs between seeds by {spread:.4f} (standard deviation), {kept} than that margin."
 
     def save(self, directory: Path) -> None:
-        """Write the plan's folder and ``search_result.json``."""
-        self.plan.save_pretrained(directory / PLAN_FOLDER)
-        partial = directory / f"{RESULT_FILE}.partial"
-        partial.write_text(json.dumps(self.summary(), indent=2), encoding="utf-8")
-        partial.replace(directory / RESULT_FILE)
+        """Write the plan's folder and ``search_result.json``.
+
+        Raises:
+            StorageError: the disk does not take them; files that were there are kept.
+        """
+        with stored(directory / PLAN_FOLDER):
+            self.plan.save_pretrained(directory / PLAN_FOLDER)
+        with replaced_file(directory / RESULT_FILE) as partial:
+            partial.write_text(json.dumps(sealed(self.summary()), indent=2), encoding="utf-8")
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready figures."""

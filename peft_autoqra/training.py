@@ -17,12 +17,20 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
-from peft_autoqra.checkpoints import check_checkpoint, checkpoint_plan, find_checkpoint
+from peft_autoqra.checkpoints import (
+    check_checkpoint,
+    checkpoint_plan,
+    find_checkpoint,
+    forget_contents,
+    note_contents,
+)
 from peft_autoqra.distribution import Distribution, Strategy, find_distribution
 from peft_autoqra.errors import AutoQRAError, PlanMismatchError
 from peft_autoqra.evaluation.sft import SFTData
+from peft_autoqra.evaluation.trial_memory import is_out_of_memory
 from peft_autoqra.importance.calibrated_plan import calibrate_plan
 from peft_autoqra.memory import OPTIMIZERS, MemoryModel
 from peft_autoqra.memory_callback import MemoryBudgetCallback
@@ -31,6 +39,7 @@ from peft_autoqra.plan import DENSE_BITS, BitRankPlan, QuantizerSettings
 from peft_autoqra.portable_trainer import PortableTrainer
 from peft_autoqra.readme import README
 from peft_autoqra.recipe import AdapterArguments
+from peft_autoqra.replaced_file import replaced_file, stored
 from peft_autoqra.streaming.empty_layers import empty_dense_model
 from peft_autoqra.streaming.hf_quantizer import empty_base, note_base
 from peft_autoqra.streaming.quant_config import METHOD
@@ -46,6 +55,10 @@ DEFAULT_BITS, DEFAULT_RANK = 4, 16
 
 class TrainingDivergedError(AutoQRAError, ArithmeticError):
     """A fine-tune whose loss is not finite at the end."""
+
+
+class TrainingMemoryError(AutoQRAError, MemoryError):
+    """A fine-tune for which the device or the machine has too little memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +104,9 @@ class FineTuneResult:
 
     Attributes:
         eval_loss: on the held-out data after training, as the trainer computes it.
-        train_loss: mean over the steps.
+        train_loss: mean over the steps since it was started or went on.
         num_steps: optimizer steps that were taken.
-        train_seconds: of the training loop.
+        train_seconds: of the training loop, since then.
         estimated: bytes by part as foretold; None where the optimizer's states are not known.
         measured: bytes of the real tensors at the first optimizer step, in the process that held most; None where no
             step was taken.
@@ -198,10 +211,13 @@ class FineTune:
 
         Raises:
             TrainingDivergedError: the loss is not finite; nothing is saved.
+            TrainingMemoryError: there is too little memory; checkpoints are kept.
+            StorageError: the disk is full; an adapter that was there is kept.
         """
         trainer, args = self.trainer, self.trainer.args
         start = time.perf_counter()
-        output = trainer.train(resume_from_checkpoint=self.checkpoint)
+        with _memory_named(args):
+            output = trainer.train(resume_from_checkpoint=self.checkpoint)
         train_seconds = time.perf_counter() - start
         result = FineTuneResult(
             eval_loss=float(trainer.evaluate()["eval_loss"]),
@@ -222,19 +238,24 @@ class FineTune:
                 f"{result.train_loss}), so the adapter is not saved. Lower learning_rate={args.learning_rate}, or "
                 "train in bf16 or float32."
             )
+        with stored(Path(args.output_dir)):
+            self._save(result)
+        return result
+
+    def _save(self, result: FineTuneResult) -> None:
+        trainer, args = self.trainer, self.trainer.args
         trainer.save_model(args.output_dir)
         trainer.finetune_figures = FineTuneFigures(
             held_out_loss=result.eval_loss,
             num_steps=result.num_steps,
-            seconds=train_seconds,
+            seconds=result.train_seconds,
             estimated=result.estimated,
             measured=None if self.trainer.is_sharded else result.measured,  # a part is not what a card is about
         )
         if self.is_main_process:
             trainer.update_model_card()
-            text = json.dumps(result.to_dict(), indent=2)
-            Path(args.output_dir, RESULT_FILE).write_text(text, encoding="utf-8")
-        return result
+            with replaced_file(Path(args.output_dir, RESULT_FILE)) as partial:
+                partial.write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
 
     @property
     def is_main_process(self) -> bool:
@@ -252,6 +273,15 @@ class _CardTrainer(PortableTrainer):
 
     finetune_figures: FineTuneFigures | None = None
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with stored(checkpoint):
+            if self.args.should_save:
+                forget_contents(checkpoint)
+            super()._save_checkpoint(*args, **kwargs)
+            if self.args.should_save:
+                note_contents(checkpoint)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
@@ -263,11 +293,27 @@ class _CardTrainer(PortableTrainer):
         config.card(self.finetune_figures).write(Path(self.args.output_dir))
 
 
+@contextmanager
+def _memory_named(args: SFTConfig) -> Iterator[None]:
+    """Say what helps where a device has no memory left."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingMemoryError(
+            f"Out of memory ({' '.join(str(error).split())[:300]}); lower "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} or max_length={args.max_length}, or set "
+            "gradient_checkpointing. With resume_from_checkpoint it goes on from the last checkpoint."
+        ) from error
+
+
 def _correct_card(path: Path) -> None:
     """What TRL's template says wrongly: links of local models, a placeholder, and how to load without this package."""
     text = path.read_text(encoding="utf-8")
     text = text.replace("[None](https://huggingface.co/None)", "a local model").replace("licence: license\n", "")
-    path.write_text(_TRL_USAGE.sub("", text), encoding="utf-8")
+    with replaced_file(path) as partial:
+        partial.write_text(_TRL_USAGE.sub("", text), encoding="utf-8")
 
 
 def _named_plan(inputs: FineTuneInputs, checkpoint: str | None) -> BitRankPlan | None:

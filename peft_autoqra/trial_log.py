@@ -11,6 +11,8 @@ from time import time
 from typing import Any
 
 from peft_autoqra.errors import SearchStateError
+from peft_autoqra.replaced_file import stored
+from peft_autoqra.sealed_record import sealed, unsealed
 from peft_autoqra.trial import Trial
 
 FORMAT_VERSION = 2
@@ -52,6 +54,7 @@ class TrialLog:
     Raises:
         SearchStateError: the file belongs to another search, is damaged before its last line, or exists although
             ``resume`` is False.
+        StorageError: it cannot be written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, resume: bool = True) -> None:
@@ -75,6 +78,7 @@ class TrialLog:
 
         Raises:
             ValueError: a trial without a result.
+            StorageError: the disk does not take it; what it took of the line is cut off when the log is read again.
         """
         if isinstance(event, Trial) and event.result is None:
             raise ValueError(f"Trial {event.number} has no result to log.")
@@ -82,8 +86,8 @@ class TrialLog:
         self.events.append(event)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with stored(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(sealed(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -96,7 +100,7 @@ class TrialLog:
         lines = complete.split(b"\n") if complete else []
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
+                record = unsealed(json.loads(line))
                 if number == 1:
                     self._check_header(record)
                 else:

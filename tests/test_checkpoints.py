@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from peft_autoqra import BitRankPlan, LayerPlan, QuantizerSettings, calibrate_plan, uniform_plan
-from peft_autoqra.checkpoints import check_checkpoint, find_checkpoint
+from peft_autoqra.checkpoints import CONTENTS_FILE, check_checkpoint, find_checkpoint
 from peft_autoqra.commands import train as train_command
 from peft_autoqra.errors import PlanMismatchError
 from peft_autoqra.recipe import RecipeError
@@ -123,3 +123,27 @@ def test_without_a_plan_the_calibration_is_the_checkpoints(tiny, adapter, traine
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, trained))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", [*FILES, "rng_state.pth", "adapter_config.json"])
+def test_a_changed_byte_is_noticed(adapter, name):
+    path = adapter / "checkpoint-2" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=f"checkpoint-2 has (a damaged|another) {name}"):
+        find(adapter, str(adapter / "checkpoint-2"))
+    with pytest.warns(UserWarning, match="passed over"):
+        assert find(adapter, "true") == str(adapter / "checkpoint-1")
+
+
+@pytest.mark.parametrize("content", ["{", "[3]", "5"])
+def test_a_damaged_note_of_the_contents_is_named(adapter, content):
+    (adapter / "checkpoint-2" / CONTENTS_FILE).write_text(content)
+    with pytest.raises(RecipeError, match=r"has a damaged autoqra_checkpoint\.json"):
+        find(adapter, str(adapter / "checkpoint-2"))
+
+
+def test_a_checkpoint_of_another_trainer_has_no_note(adapter):
+    (adapter / "checkpoint-2" / CONTENTS_FILE).unlink()
+    assert find(adapter, "true") == str(adapter / "checkpoint-2")

@@ -21,6 +21,7 @@ from peft_autoqra import BitRankPlan, cli
 from peft_autoqra.commands import parser, search, searcher_recipe, train
 from peft_autoqra.importance import calibration_bank
 from peft_autoqra.importance.error_table import ErrorTable
+from peft_autoqra.sealed_record import unsealed
 from tests.commands.plans import documented_keys
 from tests.tiny_folder import SEARCH_FLAGS, TinyFolder, make_tiny_folder
 
@@ -271,7 +272,7 @@ class TestRuns:
         assert f"autoqra train --config {searched / 'recipe.yaml'} --plan {searched / 'plan'}" in text
         document = json_of(capsys, ["search", "--config", str(searched / "recipe.yaml")], "search")
         assert document["plan"] == str(searched / "plan")
-        assert document.items() >= json.loads((searched / "search_result.json").read_text()).items()
+        assert document.items() >= unsealed(json.loads((searched / "search_result.json").read_text())).items()
         shown = json_of(capsys, ["show", str(searched)], "show")
         assert shown["memory"]["total_bytes"] == document["winner"]["total_bytes"]
 

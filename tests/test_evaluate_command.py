@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -249,3 +250,10 @@ def test_a_search_for_a_metric_that_is_not_there(capsys, places, monkeypatch):
 
 def test_a_model_that_is_not_there(capsys, places):
     fails_with_one_line(capsys, ["evaluate", "no/model", "--eval_file", places.questions, "--use_cpu"], "no/model")
+
+
+def test_a_damaged_adapter_is_one_line(capsys, places, tmp_path):
+    adapter = Path(shutil.copytree(places.adapter, tmp_path / "adapter"))
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    fails_with_one_line(capsys, ["evaluate", str(adapter), "--eval_file", places.questions], str(adapter))

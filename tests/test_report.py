@@ -16,6 +16,7 @@ from peft_autoqra.memory_estimate import MemoryEstimate
 from peft_autoqra.plan import BaseModelInfo, BitRankPlan, LayerPlan
 from peft_autoqra.report import write_report
 from peft_autoqra.report_data import read_report_data
+from peft_autoqra.sealed_record import sealed
 
 MEMORY = MemoryEstimate(
     weight_bytes=5000,
@@ -380,3 +381,13 @@ def test_directory_without_search_or_plan(tmp_path):
         write_report(tmp_path)
     with pytest.raises(SearchStateError, match="no directory"):
         write_report(tmp_path / "nothing")
+
+
+def test_a_changed_figure_of_the_result_is_noticed(search_directory):
+    path = search_directory / "search_result.json"
+    result = sealed(json.loads(path.read_text()))
+    path.write_text(json.dumps(result))
+    write_report(search_directory)
+    path.write_text(json.dumps({**result, "cost": result["cost"] / 2}))
+    with pytest.raises(SearchStateError, match=r"search_result.json is damaged .*wrong checksum"):
+        write_report(search_directory)

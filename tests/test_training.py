@@ -25,10 +25,11 @@ from peft_autoqra import (
     uniform_plan,
 )
 from peft_autoqra.commands import train as train_command
-from peft_autoqra.errors import CalibrationError, InvalidPlanError, PlanMismatchError
+from peft_autoqra.errors import CalibrationError, InvalidPlanError, PlanMismatchError, StorageError
 from peft_autoqra.recipe import AdapterArguments, ModelArguments, RecipeError
 from peft_autoqra.recipe_inputs import load_base_model
-from peft_autoqra.training import FineTune, FineTuneInputs, TrainingDivergedError
+from peft_autoqra.training import FineTune, FineTuneInputs, TrainingDivergedError, TrainingMemoryError
+from tests.full_disk import full_disk
 from tests.tiny_data import token_dataset, word_tokenizer
 from tests.tiny_folder import TinyFolder, make_tiny_folder
 
@@ -273,3 +274,40 @@ def test_bad_settings_are_refused(make_finetune):
         make_finetune(num_calibration_sequences=0, quant_backend="gptq")
     with pytest.raises(CalibrationError, match="empty"):
         make_finetune(train=Dataset.from_dict({"input_ids": []}))
+
+
+def test_an_earlier_adapter_survives_that_the_disk_is_full(make_finetune, tmp_path):
+    earlier = make_finetune(bits=16, r=4, recipe={"save_strategy": "no"})
+    earlier.run()
+    names = ("adapter_model.safetensors", "adapter_config.json", "finetune_result.json")
+    before = [(tmp_path / "adapter" / name).read_bytes() for name in names]
+    other = make_finetune(bits=16, r=8, recipe={"save_strategy": "no"})
+    with full_disk(2**14), pytest.raises(StorageError, match=r"adapter cannot be written \("):
+        other.run()
+    assert [(tmp_path / "adapter" / name).read_bytes() for name in names] == before
+    assert not list((tmp_path / "adapter").glob("*.partial"))
+    other.run()
+    assert (tmp_path / "adapter" / names[0]).read_bytes() != before[0]
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(make_finetune, tmp_path):
+    finetune = make_finetune(bits=16, r=4, recipe={"save_steps": 2})
+    with full_disk(2**16), pytest.raises(StorageError, match=r"checkpoint-2 cannot be written \(.*free disk space"):
+        finetune.run()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError("heap"), RuntimeError("can't allocate memory: x")],
+)
+def test_lack_of_memory_names_what_helps(make_finetune, error):
+    finetune = make_finetune(bits=16, r=4)
+
+    def fail(*_):
+        raise error
+
+    finetune.trainer.model.get_base_model().model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(
+        TrainingMemoryError, match=r"Out of memory \(.*lower per_device_train_batch_size=2 or max_length=16"
+    ):
+        finetune.run()

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_autoqra.errors import SearchStateError
+from peft_autoqra.errors import SearchStateError, StorageError
 from peft_autoqra.plan import BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.trial import Fidelity, Trial, TrialResult, TrialStatus
 from peft_autoqra.trial_log import Asked, Finished, TrialLog
+from tests.full_disk import full_disk
 
 IDENTITY = {"model": "me/base", "seed": 0, "bit_choices": (2, 4), "budget": {"bytes": 1000}}
 FIDELITY = Fidelity(num_steps=8, num_eval_sequences=32, seed=1)
@@ -226,3 +227,34 @@ def test_a_loss_that_is_no_number_is_kept_as_such(tmp_path: Path) -> None:
     result = TrialResult(status=TrialStatus.FAILED, seconds=0.0, metrics={"loss": math.nan}, error="the loss is NaN")
     log.add(make_trial(0, result=result))
     assert math.isnan(TrialLog(log.path, IDENTITY).trials[0].result.metrics["loss"])
+
+
+def test_a_changed_digit_is_noticed(tmp_path: Path) -> None:
+    log = TrialLog(tmp_path / "trials.jsonl", IDENTITY)
+    log.add(make_trial(0))
+    text = log.path.read_text()
+    log.path.write_text(text.replace('"loss": 2.0', '"loss": 1.0'))
+    with pytest.raises(SearchStateError, match=r"Line 2 of .* is damaged .*wrong checksum"):
+        TrialLog(log.path, IDENTITY)
+
+
+def test_a_log_without_checksums_goes_on(tmp_path: Path) -> None:
+    log = TrialLog(tmp_path / "trials.jsonl", IDENTITY)
+    log.add(make_trial(0))
+    records = [json.loads(line) for line in log.path.read_text().splitlines()]
+    log.path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "checksum"}) + "\n" for r in records))
+    assert TrialLog(log.path, IDENTITY).trials == log.trials
+
+
+def test_a_full_disk_loses_the_trial_that_was_told_last_only(tmp_path: Path) -> None:
+    log = TrialLog(tmp_path / "trials.jsonl", IDENTITY)
+    log.add(make_trial(0))
+    with (
+        full_disk(log.path.stat().st_size + 20),
+        pytest.raises(StorageError, match=r"trials\.jsonl cannot be written"),
+    ):
+        log.add(make_trial(1))
+    again = TrialLog(log.path, IDENTITY)
+    assert again.trials == log.trials == [make_trial(0)]
+    again.add(make_trial(1))
+    assert TrialLog(log.path, IDENTITY).trials == [make_trial(0), make_trial(1)]

@@ -22,6 +22,7 @@ from peft_autoqra.commands.registry import COMMANDS
 from peft_autoqra.errors import UsageError
 from peft_autoqra.executors.arguments import ExecutorArguments
 from peft_autoqra.recipe import AdapterArguments, DataArguments, EvaluationArguments, ModelArguments, RecipeError
+from peft_autoqra.replaced_file import replaced_file
 from peft_autoqra.search_config import SearchArguments
 
 RECIPE_FILE = "recipe.yaml"
@@ -50,7 +51,8 @@ class ParsedRecipe:
         """Write what was given as ``recipe.yaml``, so that the same run can be started from it."""
         directory.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.given, sort_keys=False, allow_unicode=True)
-        (directory / RECIPE_FILE).write_text(text, encoding="utf-8")
+        with replaced_file(directory / RECIPE_FILE) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 class RecipeParser(TrlParser):  # type: ignore[misc]

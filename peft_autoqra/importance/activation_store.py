@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_autoqra.errors import CalibrationError
-from peft_autoqra.importance.whole_file import write_tensors
+from peft_autoqra.importance.whole_file import read_tensors, write_tensors
 
 
 class ActivationStore:
@@ -41,13 +40,11 @@ class ActivationStore:
         if self._directory is None:
             return self._lists[name]
         try:
-            with safe_open(self._path(name), framework="pt") as file:
-                return [file.get_tensor(key) for key in sorted(file.keys())]
-        except (OSError, SafetensorError) as error:
+            return list(read_tensors(self._path(name))[0].values())
+        except CalibrationError as error:
             self.clear()
             raise CalibrationError(
-                f"{self._path(name)} is damaged ({error}). The unfinished calibration beside it was given up; run the "
-                "same again."
+                f"{error} The unfinished calibration beside it was given up; run the same again."
             ) from error
 
     def __contains__(self, name: str) -> bool:

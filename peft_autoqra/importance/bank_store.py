@@ -10,10 +10,10 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peft_autoqra.importance.whole_file import write_tensors
+from peft_autoqra.errors import CalibrationError
+from peft_autoqra.importance.whole_file import read_tensors, write_tensors
 from peft_autoqra.plan_calibration import Correction, StoredCodes
 from peft_autoqra.quant.quantized_weight import QuantizedWeight, WeightFormat
 
@@ -80,19 +80,18 @@ class BankStore:
         if self._directory is None:
             return self._entries.get((name, bits))
         try:
-            with safe_open(self._path(name, bits), framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_HEADER])
-                weight_format = WeightFormat(**header["format"])
-                if (header["module"], weight_format.bits) != (name, bits):
-                    return None
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors, metadata = read_tensors(self._path(name, bits))
+            header = json.loads(metadata[_HEADER])
+            weight_format = WeightFormat(**header["format"])
+            if (header["module"], weight_format.bits) != (name, bits):
+                return None
             return BankEntry(
                 QuantizedWeight(weight_format, tensors["codes"], tensors["scale_codes"], tensors["scale_base"]),
                 Correction(left=tensors["left"].numpy(), right=tensors["right"].numpy()),
                 tensors["rises"].numpy(),
                 tensors["input_second_moment"].numpy(),
             )
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        except (CalibrationError, KeyError, ValueError, TypeError):
             return None
 
     def _path(self, name: str, bits: int) -> Path:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from peft_autoqra.errors import CalibrationError
 from peft_autoqra.plan import DENSE_BITS
+from peft_autoqra.replaced_file import replaced_file
 from peft_autoqra.search_space import SearchSpace
 
 FORMAT_VERSION = 2
@@ -103,7 +104,8 @@ class ErrorTable:
             "bit_choices": self.bit_choices,
             "fingerprint": self.fingerprint,
         }
-        save_file({"rises": np.ascontiguousarray(self.rises)}, path, metadata={_HEADER: json.dumps(content)})
+        with replaced_file(Path(path)) as partial:
+            save_file({"rises": np.ascontiguousarray(self.rises)}, partial, metadata={_HEADER: json.dumps(content)})
 
     @classmethod
     def load(cls, path: str | Path) -> ErrorTable:

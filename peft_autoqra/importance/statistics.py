@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_autoqra.errors import CalibrationError
-from peft_autoqra.importance.whole_file import write_tensors
+from peft_autoqra.importance.whole_file import read_tensors, write_tensors
 
 FORMAT_VERSION = 2
 """Raised when the same data would give other statistics, so that old caches are not used."""
@@ -136,9 +135,8 @@ def _save(modules: Mapping[str, ModuleStatistics], path: Path, fingerprint: str)
 def _load(path: Path, fingerprint: str) -> dict[str, ModuleStatistics]:
     """Read what :func:`_save` wrote; nothing where the file is damaged or of something else."""
     try:
-        with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_HEADER])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
+        content = json.loads(metadata[_HEADER])
         if (content["version"], content["fingerprint"]) != (FORMAT_VERSION, fingerprint):
             return {}
         return {
@@ -149,7 +147,7 @@ def _load(path: Path, fingerprint: str) -> dict[str, ModuleStatistics]:
             )
             for name, entry in content["modules"].items()
         }
-    except (SafetensorError, KeyError, ValueError):
+    except (CalibrationError, KeyError, ValueError):
         return {}
 
 

@@ -18,6 +18,7 @@ from peft_autoqra.errors import InvalidPlanError
 from peft_autoqra.plan import DENSE_BITS, BitRankPlan, LayerPlan, QuantizerSettings
 from peft_autoqra.plan_calibration import ADAPTER_CALIBRATION_FILE, PlanCalibration
 from peft_autoqra.plan_file import ADAPTER_FILE, FORMAT_VERSION
+from peft_autoqra.replaced_file import replaced_file
 from peft_autoqra.safetensors_file import check_can_be_read
 from peft_autoqra.tuner.adapter_card import AdapterCard, FineTuneFigures
 from peft_autoqra.tuner.patterns import check_counts, check_syntax
@@ -292,6 +293,5 @@ def _add_header(path: Path, metadata: dict[str, str]) -> None:
     with safe_open(path, framework="pt") as file:
         merged = {**(file.metadata() or {}), **metadata}
         check_can_be_read(path, {key: file.get_slice(key).get_shape() for key in file.keys()}, merged)  # noqa: SIM118
-    partial = path.with_suffix(".partial")
-    save_file(load_file(path), partial, metadata=merged)
-    partial.replace(path)
+    with replaced_file(path) as partial:
+        save_file(load_file(path), partial, metadata=merged)

@@ -133,3 +133,19 @@ def test_refuses_quantizers_without_calibration(model, names):
 def test_refuses_no_bit_widths(names):
     with pytest.raises(CalibrationError, match="bit_choices"):
         settings(names, bit_choices=())
+
+
+@pytest.mark.parametrize("position", [-1, -200])
+def test_a_changed_byte_is_noticed_and_that_file_made_again(model, names, tmp_path, monkeypatch, position):
+    wanted = build_calibration_bank(model, batches(), settings(names))
+    build_calibration_bank(model, batches(), settings(names), directory=tmp_path)
+    entry = sorted(tmp_path.glob("bank-*/3bit/*.safetensors"))[0]
+    part = sorted(tmp_path.glob("statistics-*/*.safetensors"))[0]
+    for path in (entry, part):
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+    made, put = [], BankStore.put
+    monkeypatch.setattr(BankStore, "put", lambda *args: (made.append(args[1:3]), put(*args)))
+    assert_same(build_calibration_bank(model, batches(), settings(names), directory=tmp_path), wanted)
+    assert [bits for _, bits in made] == [3]

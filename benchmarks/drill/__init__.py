@@ -1,0 +1,1 @@
+"""The reliability drill: real processes that are killed, starved, damaged and disturbed."""
