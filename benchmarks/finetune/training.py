@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,15 +25,17 @@ from trl import SFTConfig
 from benchmarks.finetune.budget import limit_of
 from benchmarks.finetune.decoded_base import decode_base
 from benchmarks.finetune.environment import describe_environment
+from benchmarks.finetune.memory_model import memory_model_of
 from benchmarks.finetune.method import Method, NotApplicable, Prepared
 from benchmarks.finetune.records import Memory, Record, Run
 from benchmarks.finetune.scoring import score
 from benchmarks.finetune.setting import Setting
 from benchmarks.finetune.tensor_bytes import measured_bytes
-from peft_autoqra import MemoryModel
 from peft_autoqra.errors import SearchBudgetError
 from peft_autoqra.evaluation.sft import quiet_arguments
+from peft_autoqra.evaluation.trial_memory import memory_freed
 from peft_autoqra.evaluation.trial_trainer import TrialTrainer
+from peft_autoqra.memory import MemoryBudget
 from peft_autoqra.memory_estimate import MemoryEstimate
 
 
@@ -66,8 +70,9 @@ class TensorBytes(TrainerCallback):
             self.measured = MemoryEstimate(**before | trained)
 
 
+@memory_freed()
 def run_method(method: Method, run: Run, setting: Setting, *, decoded: bool) -> Record:
-    """Prepare, train and score.
+    """Prepare, train and score; what that took is free again at the end, for the runs that follow.
 
     Args:
         method: of the run.
@@ -109,6 +114,7 @@ def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *,
         trainer.remove_callback(callback)
     device = args.device
     if device.type != "cpu":
+        gc.collect()  # the model that data was prepared with, and those of a search
         torch.accelerator.reset_peak_memory_stats(device)
     start = time.perf_counter()
     try:
@@ -120,26 +126,19 @@ def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *,
             test = score(prepared.model, setting, setting.test_rows, setting.task.test)
     except ArithmeticError as error:
         return Record(**common, status="diverged", reason=str(error))
+    limit = limit_of(run.budget, memory_model_of(setting, args)) if run.budget else None
     return Record(
         **common,
         status="completed",
         dev=dev,
         test=test,
-        memory=_memory(prepared, count, run, setting, peak),
+        memory=_memory(prepared, count, limit, peak),
         train_seconds=round(seconds, 2),
         num_steps=int(trainer.state.global_step),
     )
 
 
-def _memory(prepared: Prepared, count: TensorBytes, run: Run, setting: Setting, peak: int | None) -> Memory:
+def _memory(prepared: Prepared, count: TensorBytes, limit: MemoryBudget | None, peak: int | None) -> Memory:
     assert count.measured is not None  # every run takes a step
-    if run.budget is None:
-        return Memory(predicted=prepared.predicted, measured=count.measured, peak_bytes=peak)
-    budget = limit_of(run.budget, MemoryModel.from_model(setting.load_base()))
-    return Memory(
-        predicted=prepared.predicted,
-        measured=count.measured,
-        budget_bytes=budget.limit_bytes,
-        scope=budget.scope,
-        peak_bytes=peak,
-    )
+    memory = Memory(predicted=prepared.predicted, measured=count.measured, peak_bytes=peak)
+    return replace(memory, budget_bytes=limit.limit_bytes, scope=limit.scope) if limit else memory
