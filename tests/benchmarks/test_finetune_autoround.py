@@ -46,8 +46,8 @@ def smollm2():
         return MemoryModel.from_model(LlamaForCausalLM(config).to(torch.bfloat16))
 
 
-def test_every_task_made_of_registry_packages_has_an_allocation():
-    assert {path.stem.rpartition("-")[2] for path in FILES} == {"reviews", "headlines", "quartz"}
+def test_reviews_have_an_allocation():
+    assert ALLOCATIONS / "SmolLM2-135M-Instruct-reviews.json" in FILES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
