@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from peft import get_peft_model
 from trl import SFTConfig
@@ -52,6 +53,7 @@ class PlanMethod:
             raise NotApplicable(f"{self.name} needs a budget.")
         folder = self.plan_folder(setting, budget)
         spent = self._allocated(setting, budget, folder)
+        torch.manual_seed(args.seed)  # a search draws numbers; a plan that was found does not
         plan = BitRankPlan.from_pretrained(folder)
         base = setting.load_base()
         memory_model = MemoryModel.from_model(base)

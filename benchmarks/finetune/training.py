@@ -92,6 +92,7 @@ def run_method(method: Method, run: Run, setting: Setting, *, decoded: bool) -> 
 
 
 def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *, decoded: bool) -> Record:
+    data, test_rows = setting.data, setting.test_rows  # refused before anything is trained
     count = TensorBytes(prepared.model, prepared.module_names)
     if decoded:
         decode_base(prepared.model)
@@ -106,8 +107,8 @@ def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *,
     trainer = PlainLossTrainer(
         model=prepared.model,
         args=quiet_arguments(args, str(args.output_dir)),
-        train_dataset=setting.data.train,
-        processing_class=setting.data.processing_class,
+        train_dataset=data.train,
+        processing_class=data.processing_class,
         callbacks=[*prepared.callbacks, count],  # AdaLoRA makes tensors of its own in a callback
     )
     for callback in (PrinterCallback, ProgressCallback):
@@ -122,8 +123,8 @@ def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *,
         seconds = time.perf_counter() - start
         peak = torch.accelerator.max_memory_allocated(device) if device.type != "cpu" else None
         with torch.autocast(device.type, torch.bfloat16):
-            dev = score(prepared.model, setting, setting.data.held_out, setting.task.dev)
-            test = score(prepared.model, setting, setting.test_rows, setting.task.test)
+            dev = score(prepared.model, setting, data.held_out, setting.task.dev)
+            test = score(prepared.model, setting, test_rows, setting.task.test)
     except ArithmeticError as error:
         return Record(**common, status="diverged", reason=str(error))
     limit = limit_of(run.budget, memory_model_of(setting, args)) if run.budget else None

@@ -32,6 +32,7 @@ from benchmarks.finetune.setting import Recipe, Setting
 from benchmarks.finetune.tasks import SplitSizes, Task
 from benchmarks.finetune.training import PlainLossTrainer, run_method
 from peft_autoqra import MemoryModel
+from peft_autoqra.errors import EvaluationError
 from tests.conftest import TinyLlamaFactory
 from tests.tiny_data import word_tokenizer
 
@@ -100,6 +101,14 @@ def test_losses_equal_those_of_the_trainer(setting: ChoiceSetting) -> None:
     answers = trainer_on(setting, model, completion_only_loss=True).evaluate()["eval_loss"]
     assert split.answer_loss == pytest.approx(answers, abs=1e-4)
     assert abs(split.answer_loss - split.loss) > 1e-3
+
+
+def test_losses_of_texts_that_are_cut_off_are_of_what_is_left(setting: ChoiceSetting) -> None:
+    model, test = setting.load_base(), setting.task.test
+    rows = setting.test_rows
+    longer = rows.map(lambda row: {"completion_mask": row["completion_mask"] + [1, 1, 1]})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert score(model, setting, longer, test) == score(model, setting, rows, test)
 
 
 def test_the_answer_is_the_likelier_token_after_the_prompt(setting: ChoiceSetting) -> None:
@@ -259,6 +268,29 @@ def test_a_plan_is_chosen_once_and_not_by_two_processes(
     second = method.prepare(setting, BUDGET, args_of(setting))
     assert len(nested) == 1
     assert first.spent == second.spent
+
+
+def test_a_seed_starts_adapters_alike_whether_a_plan_was_found_or_chosen(
+    setting: ChoiceSetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search draws must not reach the run that happens to come first."""
+    method, budget = PlanMethod(UniformLike(calibrated=False)), BUDGET
+    allocate = UniformLike.allocate
+
+    def allocate_by_chance(self: UniformLike, *given: Any) -> object:
+        torch.rand(3)
+        return allocate(self, *given)
+
+    monkeypatch.setattr(UniformLike, "allocate", allocate_by_chance)
+    run = replace(RUN, method=method.name, budget=budget)
+    chosen, found = (run_method(method, run, setting, decoded=True) for _ in range(2))
+    assert chosen.test == found.test
+
+
+def test_completions_that_are_cut_off_are_refused_before_training(setting: ChoiceSetting) -> None:
+    short = replace(setting, recipe=replace(RECIPE, max_length=5))
+    with pytest.raises(EvaluationError, match="held-out examples of choices begin beyond max_length=5"):
+        run_method(Lora(rank=4), RUN, short, decoded=False)
 
 
 @dataclass(frozen=True)
