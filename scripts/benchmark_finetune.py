@@ -33,6 +33,7 @@ from benchmarks.finetune.methods.registry import METHODS  # noqa: E402
 from benchmarks.finetune.queue import Queue  # noqa: E402
 from benchmarks.finetune.records import Record, read_records  # noqa: E402
 from benchmarks.finetune.reproduction import reproduction_lines  # noqa: E402
+from benchmarks.finetune.tasks import TASKS  # noqa: E402
 
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 RECORDS = ROOT / "benchmarks/results/finetune"
@@ -50,15 +51,9 @@ def main() -> None:
         config = read_config(options.config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    unknown = sorted({name for group in config.groups for name in group.methods} - METHODS.keys())
-    if unknown:
-        sys.exit(f"error: {options.config} names unknown methods {unknown}; there are {sorted(METHODS)}.")
+    check(config, options)
     quieten()
-    workers = [start_worker() for _ in range(options.workers - 1)]
-    torch.set_num_threads(options.threads)
-    work(config, options)
-    if any(worker.wait() for worker in workers):
-        sys.exit("error: another process of this benchmark failed; see above.")
+    run_all(config, options)
     here = read_records([options.output_dir / f"{config.name}.jsonl"])
     if options.output_dir.resolve() != RECORDS and not options.is_worker:
         print("\n".join(reproduction_lines(here, read_records(sorted(RECORDS.glob("*.jsonl"))))))
@@ -68,17 +63,44 @@ def parse_options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "benchmarks/finetune/configs/smallest.yaml")
-    parser.add_argument("--tasks", nargs="*", help="tasks of the configuration; all by default")
+    parser.add_argument("--tasks", nargs="+", help="tasks of the configuration; all by default")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-out"))
     parser.add_argument("--cache_dir", type=Path, default=Path("benchmark-out/cache"), help="plans and calibrations")
     parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--max_seconds", type=float, help="after which no further run is started")
-    parser.add_argument(
-        "--render", action="store_true", help="write tables and pictures, run nothing"
-    )
+    parser.add_argument("--render", action="store_true", help="write tables and pictures, run nothing")
     parser.add_argument("--is_worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def check(config: Config, options: argparse.Namespace) -> None:
+    """Refuse what would fail later, or run nothing, or something else than what is recorded."""
+    methods = {name for group in config.groups for name in group.methods}
+    if unknown := sorted(methods - METHODS.keys()):
+        sys.exit(f"error: {options.config} names unknown methods {unknown}; there are {sorted(METHODS)}.")
+    if unknown := sorted(set(config.tasks) - TASKS.keys()):
+        sys.exit(f"error: {options.config} names unknown tasks {unknown}; there are {sorted(TASKS)}.")
+    if unknown := sorted(set(options.tasks or ()) - set(config.tasks)):
+        sys.exit(f"error: --tasks {unknown} are not in {options.config}; it has {list(config.tasks)}.")
+    if options.workers < 1 or options.threads < 1:
+        sys.exit(f"error: --workers {options.workers} and --threads {options.threads} must be at least 1.")
+    if torch.cuda.device_count() > 1:  # the trainer would make every batch as many times as large
+        sys.exit("error: a run takes one GPU; set CUDA_VISIBLE_DEVICES to the one that it should take.")
+
+
+def run_all(config: Config, options: argparse.Namespace) -> None:
+    """Beside other processes, which end with this one."""
+    workers = [start_worker() for _ in range(options.workers - 1)]
+    torch.set_num_threads(options.threads)
+    try:
+        work(config, options)
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
+    if any([worker.wait() for worker in workers]):  # noqa: C419 - all of them
+        sys.exit("error: another process of this benchmark failed; see above.")
 
 
 def quieten() -> None:

@@ -9,7 +9,7 @@ from peft_autoqra.memory_estimate import MemoryScope
 from peft_autoqra.plan import QuantizerSettings
 
 STORED_PREFIX = "stored:"
-_QLORA = re.compile(r"(?:(?P<factor>[\d.]+)\*)?qlora-(?P<bits>[\d.]+)bit-r(?P<rank>\d+)")
+QLORA = re.compile(r"(?:(?P<factor>[\d.]+)\*)?qlora-(?P<bits>[\d.]+)bit-r(?P<rank>\d+)")
 
 
 def limit_of(text: str, memory_model: MemoryModel) -> MemoryBudget:
@@ -24,7 +24,7 @@ def limit_of(text: str, memory_model: MemoryModel) -> MemoryBudget:
     """
     scope: MemoryScope = "stored" if text.startswith(STORED_PREFIX) else "training"
     text = text.removeprefix(STORED_PREFIX)
-    if not (found := _QLORA.fullmatch(text)):
+    if not (found := QLORA.fullmatch(text)):
         return resolve_budget(text, memory_model, scope)
     nf4 = memory_model.uniform(4, int(found["rank"]))
     num_bytes = memory_model.estimate(nf4, QuantizerSettings(backend="bitsandbytes")).in_scope(scope)

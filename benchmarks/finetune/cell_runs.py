@@ -21,6 +21,7 @@ class CellRuns:
         runs: by seed, completed at that learning rate.
         swept: by learning rate, of the first seed.
         num_diverged: runs of any learning rate and seed.
+        lost_seeds: those that diverged at that learning rate, where the first one did not.
     """
 
     cell: Cell
@@ -28,6 +29,7 @@ class CellRuns:
     runs: Mapping[int, Record]
     swept: Mapping[float, Record]
     num_diverged: int
+    lost_seeds: tuple[int, ...] = ()
 
     @property
     def records(self) -> list[Record]:
@@ -76,6 +78,13 @@ def _cell_runs(config: Config, cell: Cell, records: Sequence[Record]) -> CellRun
         },
         swept=swept,
         num_diverged=sum(record.status == "diverged" for record in records),
+        lost_seeds=tuple(
+            sorted(
+                record.run.seed
+                for record in records
+                if record.status == "diverged" and record.run.learning_rate == rate
+            )
+        ),
     )
 
 

@@ -31,16 +31,17 @@ class Claim:
         task: name.
         budget: of the claim.
         figure: what ``effect`` is.
-        effect: the figure; None where it has not been run, or cannot be computed.
+        effect: the figure; None where it has not been run.
         is_reached: whether the median over seeds reaches it; None without a run.
-        verdict: "yes" and "no" where the 95% interval leaves no other answer and there is more than one seed.
+        verdict: "yes" and "no" where the 95% interval leaves no other answer, there is more than one seed, and none
+            diverged.
         rival: key of :data:`RIVALS` that ours is compared with at the same budget; None for QLoRA.
     """
 
     text: str
     task: str
     budget: str
-    figure: Literal["share of the gap", "loss difference"]
+    figure: Literal["share of the gap", "loss above the mark", "loss difference"]
     effect: Effect | None
     is_reached: bool | None
     verdict: Verdict
@@ -107,6 +108,7 @@ def check_memory(records: Iterable[Record]) -> MemoryCheck:
 
 
 def _gap_claim(cells: Mapping[Cell, CellRuns], ours: str, task: str) -> Claim:
+    """Where a seed shows no gap there is no share of it, but still a loss at which it would be closed."""
     found = _runs(cells, (task, ours, FULL_BUDGET), (task, BASELINE, None), (task, UNQUANTIZED, None))
     closed = gap_closed(*found) if found else None
     mark = loss_above_mark(*found, share=SHARE) if found else None
@@ -114,10 +116,10 @@ def _gap_claim(cells: Mapping[Cell, CellRuns], ours: str, task: str) -> Claim:
         text=f"closes at least {SHARE:.0%} of the gap between QLoRA r=16 and 16-bit LoRA, at QLoRA's memory",
         task=task,
         budget=FULL_BUDGET,
-        figure="share of the gap",
-        effect=closed,
+        figure="share of the gap" if closed or not mark else "loss above the mark",
+        effect=closed or mark,
         is_reached=None if mark is None else mark.value <= 0,
-        verdict=_verdict(mark),
+        verdict=_verdict(mark, found),
     )
 
 
@@ -131,7 +133,7 @@ def _less_memory_claim(cells: Mapping[Cell, CellRuns], ours: str, task: str) -> 
         figure="loss difference",
         effect=effect,
         is_reached=None if effect is None else effect.value <= 0,
-        verdict=_verdict(effect),
+        verdict=_verdict(effect, found),
     )
 
 
@@ -146,14 +148,14 @@ def _rival_claim(cells: Mapping[Cell, CellRuns], task: str, methods: tuple[str, 
         figure="loss difference",
         effect=effect,
         is_reached=None if effect is None else effect.value < 0,
-        verdict=_verdict(effect),
+        verdict=_verdict(effect, found),
         rival=base_name(rival),
     )
 
 
-def _verdict(excess: Effect | None) -> Verdict:
-    """Of a difference that should not be above 0."""
-    if excess is None or excess.num_seeds < MIN_SEEDS:
+def _verdict(excess: Effect | None, compared: Iterable[CellRuns] | None) -> Verdict:
+    """Of a difference that should not be above 0; runs that diverged are not in it, and would change it."""
+    if excess is None or excess.num_seeds < MIN_SEEDS or any(runs.lost_seeds for runs in compared or ()):
         return "not shown"
     low, high = excess.interval
     return "yes" if high < 0 else "no" if low > 0 else "not shown"

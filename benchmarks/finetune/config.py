@@ -81,6 +81,8 @@ def read_config(path: Path) -> Config:
     _check_keys(path, content, Config, without=("name",))
     _check_keys(path, content["sizes"], SplitSizes)
     rates = tuple(float(rate) for rate in content["learning_rates"])
+    if not rates or not content["groups"]:
+        raise ConfigError(f"{path} needs at least one of learning_rates and of groups.")
     recipe = {"learning_rate": sorted(rates)[len(rates) // 2], **content["recipe"]}
     _check_keys(path, recipe, Recipe)
     for group in content["groups"]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from peft import get_peft_model
 from trl import SFTConfig
@@ -17,12 +17,9 @@ from trl import SFTConfig
 from benchmarks.finetune.budget import limit_of
 from benchmarks.finetune.method import Allocator, NotApplicable, Prepared, Spent
 from benchmarks.finetune.setting import Setting
-from peft_autoqra import AutoQRAConfig, BitRankPlan, LayerPlan, MemoryModel
-from peft_autoqra.importance.calibrated_plan import calibrate_plan
-from peft_autoqra.plan import BaseModelInfo, QuantizerSettings
+from peft_autoqra import AutoQRAConfig, BitRankPlan, MemoryModel
 
 SPENT_FILE = "spent.json"
-NUM_CALIBRATION_SEQUENCES = 64
 
 
 class AllocationUnderWay(Exception):
@@ -56,6 +53,7 @@ class PlanMethod:
             raise NotApplicable(f"{self.name} needs a budget.")
         folder = self.plan_folder(setting, budget)
         spent = self._allocated(setting, budget, folder)
+        torch.manual_seed(args.seed)  # a search draws numbers; a plan that was found does not
         plan = BitRankPlan.from_pretrained(folder)
         base = setting.load_base()
         memory_model = MemoryModel.from_model(base)
@@ -90,7 +88,9 @@ class PlanMethod:
     def _allocate(self, setting: Setting, budget: str, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
         spent = self.allocator.allocate(setting, budget, folder)
-        (folder / SPENT_FILE).write_text(json.dumps(asdict(spent)), encoding="utf-8")
+        partial = folder / f"{SPENT_FILE}.partial"
+        partial.write_text(json.dumps(asdict(spent)), encoding="utf-8")
+        partial.replace(folder / SPENT_FILE)  # at once: whoever sees the file takes the plan as whole
 
 
 def check_budget(name: str, num_bytes: int, budget: str, memory_model: MemoryModel) -> None:
@@ -102,35 +102,3 @@ def check_budget(name: str, num_bytes: int, budget: str, memory_model: MemoryMod
     limit = limit_of(budget, memory_model).limit_bytes
     if num_bytes > limit:
         raise NotApplicable(f"{name} takes {num_bytes:,} bytes, the budget {budget} is {limit:,}.")
-
-
-def write_plan(
-    setting: Setting, layers: Mapping[str, LayerPlan], folder: Path, *, compensate: bool = True
-) -> BitRankPlan:
-    """Save a plan of this package's native quantizer.
-
-    Args:
-        setting: its training data calibrates the plan.
-        layers: bits and rank of every targeted module.
-        folder: is made.
-        compensate: calibrate the quantizer and start adapters at the correction; False uses no data and starts at 0.
-    """
-    base = setting.load_base()
-    memory_model = MemoryModel.from_model(base)
-    quantizer = QuantizerSettings()
-    plan = BitRankPlan(
-        layers,
-        shapes={name: (shape.out_features, shape.in_features) for name, shape in memory_model.modules.items()},
-        quantizer=quantizer,
-        base_model=BaseModelInfo(name_or_path=setting.model_id),
-        memory=memory_model.estimate(layers, quantizer),
-    )
-    if compensate:
-        plan = calibrate_plan(
-            plan,
-            base,
-            setting.data.batches(setting.data.train, NUM_CALIBRATION_SEQUENCES),
-            cache_dir=setting.folder / "calibration",
-        )
-    plan.save_pretrained(folder)
-    return plan

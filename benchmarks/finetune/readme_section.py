@@ -143,7 +143,9 @@ def _one(claims: Sequence[Claim], text: str, task: str) -> str:
     for claim in claims:
         if claim.effect is not None and (claim.text, claim.task) == (text, task):
             value = claim.effect.value
-            return f"{claim.verdict} ({share(value) if claim.figure == 'share of the gap' else signed(value)})"
+            text = share(value) if claim.figure == "share of the gap" else signed(value)
+            where = " from the mark, no gap with some seed" if claim.figure == "loss above the mark" else ""
+            return f"{claim.verdict} ({text}{where})"
     return MISSING
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,11 @@ from filelock import FileLock
 
 from benchmarks.finetune.method import Spent
 from peft_autoqra.memory_estimate import MemoryEstimate
+
+
+class DamagedRecords(ValueError):
+    """A file of records that cannot be read; the message names the line."""
+
 
 Status = Literal["completed", "diverged", "not applicable"]
 
@@ -136,13 +142,39 @@ class Record:
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """All records of some files, in order; files that are not there hold none."""
-    lines = [line for path in paths if path.exists() for line in path.read_text("utf-8").splitlines()]
-    return [Record.from_json(line) for line in lines]
+    """All records of some files, in order; files that are not there hold none.
+
+    A last line without an end is none: its process was killed while it wrote, or writes still.
+
+    Raises:
+        DamagedRecords: another line is no record.
+    """
+    return [record for path in paths if path.exists() for record in _records_of(path)]
 
 
 def append_record(path: Path, record: Record) -> None:
     """Add one record; several processes may write to one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"), path.open("a", encoding="utf-8") as file:
-        file.write(record.to_json() + "\n")
+    with FileLock(f"{path}.lock"):
+        _drop_unfinished_line(path)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+
+
+def _records_of(path: Path) -> Iterator[Record]:
+    complete, _, _ = path.read_text("utf-8").rpartition("\n")
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            yield Record.from_json(line)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedRecords(
+                f"Line {number} of {path} is no record ({error!r}); delete it, and its run is made again."
+            ) from error
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Else the next record would be glued to it."""
+    content = path.read_bytes() if path.exists() else b""
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)

@@ -79,7 +79,7 @@ class Results:
 
     def baseline_seconds(self, task: str) -> float | None:
         """Of one fine-tune of the baseline, median over its runs."""
-        return _median(
+        return median_of(
             record.train_seconds
             for record in self.records
             if record.run.task == task and record.run.method == BASELINE and record.status == "completed"
@@ -90,6 +90,7 @@ class Results:
         return None if own == method else self.runs(task, method, None)
 
 
-def _median(values: Iterable[float]) -> float | None:
+def median_of(values: Iterable[float]) -> float | None:
+    """None of none."""
     found = list(values)
     return statistics.median(found) if found else None

@@ -81,7 +81,8 @@ def answer_tokens(setting: Setting) -> tuple[int, ...]:
 def _outcomes(model: nn.Module, rows: Dataset, batch_size: int, choices: Sequence[int] | None) -> list[_Example]:
     """In the order of the rows; batches are of similar length."""
     model.eval()
-    ids, masks = list(rows["input_ids"]), list(rows["completion_mask"])
+    ids = list(rows["input_ids"])
+    masks = [mask[: len(row)] for row, mask in zip(ids, rows["completion_mask"], strict=True)]  # TRL cuts ids alone
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     outcomes: dict[int, _Example] = {}
     for first in range(0, len(order), batch_size):

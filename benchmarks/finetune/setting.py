@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig
 
 from benchmarks.finetune.tasks import SplitSizes, Task, load_task
+from peft_autoqra.errors import EvaluationError
 from peft_autoqra.evaluation.sft import SFTData
 
 
@@ -101,12 +102,20 @@ class Setting:
 
     @cached_property
     def data(self) -> SFTData:
-        """Training and development data as SFTTrainer prepares them."""
+        """Training and development data as SFTTrainer prepares them.
+
+        Raises:
+            EvaluationError: a completion begins beyond ``max_length``.
+        """
         return self._prepared(self.task.train, self.task.dev)
 
     @cached_property
     def test_rows(self) -> Dataset:
-        """Likewise, the test split: rows of ``input_ids`` and ``completion_mask``."""
+        """Likewise, the test split: rows of ``input_ids`` and ``completion_mask``.
+
+        Raises:
+            EvaluationError: a completion begins beyond ``max_length``.
+        """
         return self._prepared(self.task.dev, self.task.test).held_out
 
     def load_base(self) -> PreTrainedModel:
@@ -117,4 +126,12 @@ class Setting:
 
     def _prepared(self, train: Dataset, held_out: Dataset) -> SFTData:
         args = self.recipe.sft_config(self.folder / "sft")
-        return SFTData(self.load_base(), args, train, held_out, self.tokenizer)
+        data = SFTData(self.load_base(), args, train, held_out, self.tokenizer)
+        rows = zip(data.held_out["input_ids"], data.held_out["completion_mask"], strict=True)
+        num_cut = sum(1 not in mask[: len(ids)] for ids, mask in rows)  # SFTTrainer cuts ids alone (TRL 1.16)
+        if num_cut:
+            raise EvaluationError(
+                f"The completions of {num_cut} held-out examples of {self.task_name} begin beyond max_length="
+                f"{self.recipe.max_length} tokens; raise it."
+            )
+        return data

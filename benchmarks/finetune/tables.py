@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from benchmarks.finetune.cell_runs import CellRuns
 from benchmarks.finetune.claims import BASELINE, MIN_SEEDS, check_memory
 from benchmarks.finetune.comparison import loss_difference, median_loss, median_metric, metric_difference
 from benchmarks.finetune.figures import MISSING, interval, megabytes, plain, share, signed, with_interval
 from benchmarks.finetune.records import Record
-from benchmarks.finetune.results import Results
+from benchmarks.finetune.results import Results, median_of
 from benchmarks.finetune.titles import base_name, budget_title, cell_title, method_title
 from peft_autoqra.markdown import markdown_table
 
@@ -142,11 +141,11 @@ def cost_table(results: Results) -> str:
         rows.append(
             [
                 cell_title(method, budget),
-                plain(_median(record.spent.seconds for record in records), 0),
-                plain(_median(record.spent.trials for record in records), 0),
-                plain(_median(record.spent.cost for record in records), 2),
+                plain(median_of(record.spent.seconds for record in records), 0),
+                plain(median_of(record.spent.trials for record in records), 0),
+                plain(median_of(record.spent.cost for record in records), 2),
                 plain(before_training(results, records), 2),
-                plain(_median(record.train_seconds for record in records), 0),
+                plain(median_of(record.train_seconds for record in records), 0),
                 plain(_in_fine_tunes(results, records, [record.train_seconds for record in records]), 2),
             ]
         )
@@ -164,7 +163,7 @@ def before_training(results: Results, records: Sequence[Record]) -> float | None
 
 def _in_fine_tunes(results: Results, records: Sequence[Record], seconds: Sequence[float]) -> float | None:
     units = [results.baseline_seconds(record.run.task) for record in records]
-    return _median(value / unit for value, unit in zip(seconds, units, strict=True) if unit)
+    return median_of(value / unit for value, unit in zip(seconds, units, strict=True) if unit)
 
 
 def rates_table(results: Results) -> str:
@@ -197,6 +196,12 @@ def missing_notes(results: Results) -> list[str]:
         for (task, method, budget), runs in results.cells.items()
         if not runs.runs
     ]
+    notes += [
+        f"{cell_title(method, budget)} on {task}: diverged at its best learning rate with seed "
+        f"{', '.join(map(str, runs.lost_seeds))}, so that its medians are of fewer seeds, and nothing is shown by it"
+        for (task, method, budget), runs in results.cells.items()
+        if runs.lost_seeds
+    ]
     if results.unfinished:
         names = "; ".join(f"{cell_title(method, budget)} on {task}" for task, method, budget in results.unfinished)
         notes.append(f"Not all learning rates tried yet: {names}")
@@ -211,8 +216,3 @@ def memory_sentence(results: Results) -> str:
     check = check_memory(results.records)
     kept = f"; {check.num_kept} of {check.num_limited} with a budget kept it" if check.num_limited else ""
     return f"{check.num_exact} of {check.num_runs} runs took the bytes that were predicted, part by part{kept}."
-
-
-def _median(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return statistics.median(found) if found else None

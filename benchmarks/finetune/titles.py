@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.finetune.budget import STORED_PREFIX
+from benchmarks.finetune.budget import QLORA, STORED_PREFIX
 
 METHODS = {
     "lora-r16": "LoRA r=16, 16 bits",
@@ -31,7 +31,6 @@ METHODS = {
 """In the order of the tables: without a budget, what others do within one, ours."""
 
 _COST = re.compile(r"-cost(?P<cost>[\d.]+)$")
-_QLORA = re.compile(r"(?:(?P<factor>[\d.]+)\*)?qlora-(?P<bits>[\d.]+)bit-r(?P<rank>\d+)")
 
 
 def base_name(method: str) -> str:
@@ -49,7 +48,7 @@ def method_title(name: str) -> str:
 def budget_title(budget: str) -> str:
     """Short, as ``"4 bits"``, ``"75% of 4 bits"``; of QLoRA of rank 16 where no rank is named."""
     text = budget.removeprefix(STORED_PREFIX)
-    if found := _QLORA.fullmatch(text):
+    if found := QLORA.fullmatch(text):
         text = f"{found['bits']} bits" + ("" if found["rank"] == "16" else f" r={found['rank']}")
         text = f"{float(found['factor']):.0%} of {text}" if found["factor"] else text
     return f"{text}, stored" if budget.startswith(STORED_PREFIX) else text
@@ -71,6 +70,6 @@ def budget_order(budget: str | None) -> tuple[int, float, str]:
     """To sort budgets by: none, then training memory from the largest, then stored; sizes that are not known last."""
     if budget is None:
         return 0, 0.0, ""
-    found = _QLORA.fullmatch(budget.removeprefix(STORED_PREFIX))
+    found = QLORA.fullmatch(budget.removeprefix(STORED_PREFIX))
     bits = float(found["bits"]) * float(found["factor"] or 1) if found else 0.0
     return (2 if budget.startswith(STORED_PREFIX) else 1), -bits, budget

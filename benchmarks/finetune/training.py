@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,15 +25,17 @@ from trl import SFTConfig
 from benchmarks.finetune.budget import limit_of
 from benchmarks.finetune.decoded_base import decode_base
 from benchmarks.finetune.environment import describe_environment
+from benchmarks.finetune.memory_model import memory_model_of
 from benchmarks.finetune.method import Method, NotApplicable, Prepared
 from benchmarks.finetune.records import Memory, Record, Run
 from benchmarks.finetune.scoring import score
 from benchmarks.finetune.setting import Setting
 from benchmarks.finetune.tensor_bytes import measured_bytes
-from peft_autoqra import MemoryModel
 from peft_autoqra.errors import SearchBudgetError
 from peft_autoqra.evaluation.sft import quiet_arguments
+from peft_autoqra.evaluation.trial_memory import memory_freed
 from peft_autoqra.evaluation.trial_trainer import TrialTrainer
+from peft_autoqra.memory import MemoryBudget
 from peft_autoqra.memory_estimate import MemoryEstimate
 
 
@@ -66,8 +70,9 @@ class TensorBytes(TrainerCallback):
             self.measured = MemoryEstimate(**before | trained)
 
 
+@memory_freed()
 def run_method(method: Method, run: Run, setting: Setting, *, decoded: bool) -> Record:
-    """Prepare, train and score.
+    """Prepare, train and score; what that took is free again at the end, for the runs that follow.
 
     Args:
         method: of the run.
@@ -87,6 +92,7 @@ def run_method(method: Method, run: Run, setting: Setting, *, decoded: bool) -> 
 
 
 def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *, decoded: bool) -> Record:
+    data, test_rows = setting.data, setting.test_rows  # refused before anything is trained
     count = TensorBytes(prepared.model, prepared.module_names)
     if decoded:
         decode_base(prepared.model)
@@ -101,14 +107,15 @@ def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *,
     trainer = PlainLossTrainer(
         model=prepared.model,
         args=quiet_arguments(args, str(args.output_dir)),
-        train_dataset=setting.data.train,
-        processing_class=setting.data.processing_class,
+        train_dataset=data.train,
+        processing_class=data.processing_class,
         callbacks=[*prepared.callbacks, count],  # AdaLoRA makes tensors of its own in a callback
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     device = args.device
     if device.type != "cpu":
+        gc.collect()  # the model that data was prepared with, and those of a search
         torch.accelerator.reset_peak_memory_stats(device)
     start = time.perf_counter()
     try:
@@ -116,30 +123,23 @@ def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *,
         seconds = time.perf_counter() - start
         peak = torch.accelerator.max_memory_allocated(device) if device.type != "cpu" else None
         with torch.autocast(device.type, torch.bfloat16):
-            dev = score(prepared.model, setting, setting.data.held_out, setting.task.dev)
-            test = score(prepared.model, setting, setting.test_rows, setting.task.test)
+            dev = score(prepared.model, setting, data.held_out, setting.task.dev)
+            test = score(prepared.model, setting, test_rows, setting.task.test)
     except ArithmeticError as error:
         return Record(**common, status="diverged", reason=str(error))
+    limit = limit_of(run.budget, memory_model_of(setting, args)) if run.budget else None
     return Record(
         **common,
         status="completed",
         dev=dev,
         test=test,
-        memory=_memory(prepared, count, run, setting, peak),
+        memory=_memory(prepared, count, limit, peak),
         train_seconds=round(seconds, 2),
         num_steps=int(trainer.state.global_step),
     )
 
 
-def _memory(prepared: Prepared, count: TensorBytes, run: Run, setting: Setting, peak: int | None) -> Memory:
+def _memory(prepared: Prepared, count: TensorBytes, limit: MemoryBudget | None, peak: int | None) -> Memory:
     assert count.measured is not None  # every run takes a step
-    if run.budget is None:
-        return Memory(predicted=prepared.predicted, measured=count.measured, peak_bytes=peak)
-    budget = limit_of(run.budget, MemoryModel.from_model(setting.load_base()))
-    return Memory(
-        predicted=prepared.predicted,
-        measured=count.measured,
-        budget_bytes=budget.limit_bytes,
-        scope=budget.scope,
-        peak_bytes=peak,
-    )
+    memory = Memory(predicted=prepared.predicted, measured=count.measured, peak_bytes=peak)
+    return replace(memory, budget_bytes=limit.limit_bytes, scope=limit.scope) if limit else memory

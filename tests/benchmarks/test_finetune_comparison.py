@@ -220,6 +220,32 @@ def test_claims_are_judged_by_intervals(config, cells):
     assert (less.effect, less.is_reached, less.verdict) == (None, None, "not shown")
 
 
+def test_a_gap_that_some_seed_lacks_is_judged_by_the_loss_at_its_mark(config):
+    """The share is not defined there, and the claim must not vanish with it."""
+    base = [record for record in all_records() if record.run.task == "reviews" and record.run.method != "lora-r16"]
+    upper = [record("lora-r16", loss, rate=0.002, seed=seed, dev=1.0) for seed, loss in enumerate((2.5, 2.5, 2.7))]
+    upper.append(record("lora-r16", 3.0, rate=0.001))
+    cells = runs_by_cell(config, base + upper)
+    gap = by_text(all_claims(config, cells, ["reviews"]), "closes at least 80%", "reviews")
+    own, low, high = (cells[("reviews", *name[1:])] for name in REVIEWS)
+    assert gap_closed(own, low, high) is None
+    assert (gap.figure, gap.effect) == ("loss above the mark", loss_above_mark(own, low, high, share=0.8))
+    assert (gap.is_reached, gap.verdict) == (gap.effect.value <= 0, "not shown")
+
+
+@pytest.mark.parametrize("method", ["autoqra", "qlora-r16"])
+def test_a_seed_that_diverged_leaves_nothing_shown(config, method):
+    lost = {"status": "diverged", "dev": None, "test": None}
+    records = [
+        replace(known, **lost) if (known.run.method, known.run.seed) == (method, 2) else known
+        for known in all_records()
+    ]
+    cells = runs_by_cell(config, records)
+    assert {cell[1] for cell, runs in cells.items() if runs.lost_seeds == (2,)} == {method}
+    gap = by_text(all_claims(config, cells, ["reviews"]), "closes at least 80%", "reviews")
+    assert (gap.verdict, gap.effect.num_seeds) == ("not shown", 2)
+
+
 def test_one_seed_shows_nothing(config):
     first_seed = [record for record in all_records() if record.run.seed == 0]
     claims = all_claims(config, runs_by_cell(config, first_seed), ["reviews"])

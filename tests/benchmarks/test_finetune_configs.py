@@ -109,7 +109,7 @@ def test_three_quarters_of_qlora_are_less_than_qlora_with_fewer_bits(model):
     assert limits[3] - limits[2] == pytest.approx(memory_model.num_weights / 8, abs=1)
 
 
-@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*LARGE, FOLDER / "smollm2-135m.yaml"], ids=lambda path: path.stem)
 def test_comments_tell_how_many_runs_there_are(path):
     """Learning rates are tried with the first seed; the best one is run with the others."""
     config, told = read_config(path), re.search(r"^# (\d+) runs\.", path.read_text("utf-8"), re.MULTILINE)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.finetune.config import Config, ConfigError, Group, read_config
 from benchmarks.finetune.grid import best_learning_rate, wanted_runs
 from benchmarks.finetune.methods.registry import METHODS
-from benchmarks.finetune.records import Record, Run, Split, append_record, read_records
+from benchmarks.finetune.records import DamagedRecords, Record, Run, Split, append_record, read_records
 from benchmarks.finetune.reproduction import reproduction_lines
 from benchmarks.finetune.setting import Recipe
 from benchmarks.finetune.tasks import TASKS, SplitSizes
@@ -106,6 +106,32 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_records([tmp_path / "new" / "records.jsonl", tmp_path / "missing.jsonl"]) == records
 
 
+def test_a_record_that_was_cut_off_is_none_and_does_not_spoil_the_next(tmp_path: Path) -> None:
+    """A process was killed while it wrote, or writes just now."""
+    path = tmp_path / "records.jsonl"
+    run = Run(config="tiny", task="a", method="plain", budget=None, learning_rate=1e-3, seed=0)
+    first, second = make_record(run, 2.0), make_record(run, 1.0)
+    append_record(path, first)
+    whole = path.read_bytes()
+    for length in (1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole + whole[:length])
+        assert read_records([path]) == [first]
+        append_record(path, second)
+        assert read_records([path]) == [first, second]
+    path.write_bytes(whole[:-1])
+    assert read_records([path]) == []
+
+
+@pytest.mark.parametrize("line", ["not JSON", "{}", "null", '{"memory": null, "dev": null, "test": null}'])
+def test_damaged_records_are_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "records.jsonl"
+    run = Run(config="tiny", task="a", method="plain", budget=None, learning_rate=1e-3, seed=0)
+    text = make_record(run, 2.0).to_json()
+    path.write_text(f"{text}\n{line}\n{text}\n", encoding="utf-8")
+    with pytest.raises(DamagedRecords, match=r"Line 2 of .*records\.jsonl"):
+        read_records([path])
+
+
 def test_reproductions_are_set_beside_runs_of_the_same_recipe() -> None:
     here = Run(config="smallest", task="a", method="plain", budget=None, learning_rate=1e-3, seed=0)
     there = Run(config="tiny", task="a", method="plain", budget=None, learning_rate=1e-3, seed=0)
@@ -128,6 +154,7 @@ def test_configurations_name_what_there_is(path: Path) -> None:
         ("max_steps", "max_step", "unknown entries .*max_step"),
         ("tasks:", "task:", "unknown entries .*task"),
         ("learning_rates: [1.0e-3, 2.0e-3]", "", "lacks .*learning_rates"),
+        ("learning_rates: [1.0e-3, 2.0e-3]", "learning_rates: []", "at least one of learning_rates"),
     ],
 )
 def test_wrong_entries_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.finetune.budget import limit_of
 from benchmarks.finetune.config import Config, Group
 from benchmarks.finetune.method import Method, NotApplicable, Prepared
+from benchmarks.finetune.methods.adalora import QAdaLora
 from benchmarks.finetune.methods.lora import Lora
+from benchmarks.finetune.methods.qlora import Qlora
 from benchmarks.finetune.methods.uniform_like import UniformLike
 from benchmarks.finetune.plan_method import AllocationUnderWay, PlanMethod
 from benchmarks.finetune.queue import Queue
@@ -24,6 +31,8 @@ from benchmarks.finetune.scoring import score
 from benchmarks.finetune.setting import Recipe, Setting
 from benchmarks.finetune.tasks import SplitSizes, Task
 from benchmarks.finetune.training import PlainLossTrainer, run_method
+from peft_autoqra import MemoryModel
+from peft_autoqra.errors import EvaluationError
 from tests.conftest import TinyLlamaFactory
 from tests.tiny_data import word_tokenizer
 
@@ -94,6 +103,14 @@ def test_losses_equal_those_of_the_trainer(setting: ChoiceSetting) -> None:
     assert abs(split.answer_loss - split.loss) > 1e-3
 
 
+def test_losses_of_texts_that_are_cut_off_are_of_what_is_left(setting: ChoiceSetting) -> None:
+    model, test = setting.load_base(), setting.task.test
+    rows = setting.test_rows
+    longer = rows.map(lambda row: {"completion_mask": row["completion_mask"] + [1, 1, 1]})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert score(model, setting, longer, test) == score(model, setting, rows, test)
+
+
 def test_the_answer_is_the_likelier_token_after_the_prompt(setting: ChoiceSetting) -> None:
     model, test = setting.load_base().float(), setting.task.test
     split = score(model, setting, setting.test_rows, test)
@@ -143,16 +160,78 @@ def test_a_run_ends_in_a_whole_record(setting: ChoiceSetting) -> None:
     assert {"torch", "peft", "trl"} <= record.environment["versions"].keys()
 
 
-def test_decoding_once_changes_neither_figures_nor_bytes(setting: ChoiceSetting) -> None:
-    method = PlanMethod(UniformLike())
-    run = replace(RUN, method=method.name, budget=BUDGET)
+@pytest.mark.parametrize(
+    ("method", "budget"), [(PlanMethod(UniformLike()), BUDGET), (Qlora(rank=4), None)], ids=["native", "nf4"]
+)
+def test_decoding_once_changes_neither_figures_nor_bytes(
+    method: Method, budget: str | None, setting: ChoiceSetting
+) -> None:
+    run = replace(RUN, method=method.name, budget=budget)
     decoded, quantized = (run_method(method, run, setting, decoded=flag) for flag in (True, False))
     assert decoded.test == quantized.test
     assert decoded.memory == quantized.memory
     assert decoded.memory is not None
     assert decoded.memory.measured == decoded.memory.predicted
     assert decoded.memory.is_kept
-    assert decoded.memory.scope == "stored"
+    assert (decoded.memory.budget_bytes, decoded.memory.scope) == limit_of_run(budget, setting)
+
+
+def limit_of_run(budget: str | None, setting: ChoiceSetting) -> tuple[int | None, str]:
+    if budget is None:
+        return None, "training"
+    limit = limit_of(budget, MemoryModel.from_model(setting.load_base()))
+    return limit.limit_bytes, limit.scope
+
+
+def test_all_methods_see_the_same_batches_in_the_same_order(
+    setting: ChoiceSetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they draw at random before; runs with one seed are compared as pairs."""
+    batches: list[list[Tensor]] = []
+    step = PlainLossTrainer.training_step
+
+    def training_step(self: PlainLossTrainer, model: nn.Module, inputs: dict[str, Tensor], *rest: object) -> Tensor:
+        batches[-1].append(inputs["input_ids"].clone())
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(PlainLossTrainer, "training_step", training_step)
+    methods: list[tuple[Method, str | None]] = [
+        (Lora(rank=4), None),
+        (Qlora(rank=2), None),
+        (QAdaLora(initial_rank=6, rank=4), None),
+        (PlanMethod(UniformLike()), BUDGET),
+    ]
+    for method, budget in methods:
+        batches.append([])
+        run_method(method, replace(RUN, method=method.name, budget=budget), setting, decoded=True)
+    first, *others = batches
+    assert len(first) == RECIPE.max_steps
+    assert all(len(other) == len(first) and all(map(torch.equal, first, other)) for other in others)
+    batches.append([])
+    run_method(Lora(rank=4), replace(RUN, seed=1), setting, decoded=True)
+    assert not all(map(torch.equal, first, batches[-1])), "another seed is another order"
+
+
+def test_a_run_leaves_no_model_behind(setting: ChoiceSetting) -> None:
+    """Trainers and models refer to themselves; a queue makes hundreds."""
+    models: list[weakref.ref[nn.Module]] = []
+
+    @dataclass(frozen=True)
+    class Watched:
+        name: str = "lora-r4"
+        needs_budget: bool = False
+
+        def prepare(self, *given: Any) -> Prepared:
+            prepared = Lora(rank=4).prepare(*given)
+            models.append(weakref.ref(prepared.model))
+            return prepared
+
+    gc.disable()  # so that nothing is collected by chance
+    try:
+        run_method(Watched(), RUN, setting, decoded=False)
+        assert models[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_same_run_gives_the_same_figures(setting: ChoiceSetting) -> None:
@@ -189,6 +268,29 @@ def test_a_plan_is_chosen_once_and_not_by_two_processes(
     second = method.prepare(setting, BUDGET, args_of(setting))
     assert len(nested) == 1
     assert first.spent == second.spent
+
+
+def test_a_seed_starts_adapters_alike_whether_a_plan_was_found_or_chosen(
+    setting: ChoiceSetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search draws must not reach the run that happens to come first."""
+    method, budget = PlanMethod(UniformLike(calibrated=False)), BUDGET
+    allocate = UniformLike.allocate
+
+    def allocate_by_chance(self: UniformLike, *given: Any) -> object:
+        torch.rand(3)
+        return allocate(self, *given)
+
+    monkeypatch.setattr(UniformLike, "allocate", allocate_by_chance)
+    run = replace(RUN, method=method.name, budget=budget)
+    chosen, found = (run_method(method, run, setting, decoded=True) for _ in range(2))
+    assert chosen.test == found.test
+
+
+def test_completions_that_are_cut_off_are_refused_before_training(setting: ChoiceSetting) -> None:
+    short = replace(setting, recipe=replace(RECIPE, max_length=5))
+    with pytest.raises(EvaluationError, match="held-out examples of choices begin beyond max_length=5"):
+        run_method(Lora(rank=4), RUN, short, decoded=False)
 
 
 @dataclass(frozen=True)
