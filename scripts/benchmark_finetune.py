@@ -28,12 +28,16 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from benchmarks.finetune.budget import limit_of  # noqa: E402
 from benchmarks.finetune.config import Config, ConfigError, read_config  # noqa: E402
+from benchmarks.finetune.memory_model import memory_model_of  # noqa: E402
 from benchmarks.finetune.methods.registry import METHODS  # noqa: E402
 from benchmarks.finetune.queue import Queue  # noqa: E402
 from benchmarks.finetune.records import Record, read_records  # noqa: E402
 from benchmarks.finetune.reproduction import reproduction_lines  # noqa: E402
+from benchmarks.finetune.setting import Setting  # noqa: E402
 from benchmarks.finetune.tasks import TASKS  # noqa: E402
+from peft_autoqra.errors import MemoryBudgetError  # noqa: E402
 
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 RECORDS = ROOT / "benchmarks/results/finetune"
@@ -120,8 +124,19 @@ def work(config: Config, options: argparse.Namespace) -> None:
     model_id = local_model() if config.model == LOCAL_MODEL else config.model
     tasks = options.tasks or config.tasks
     settings = {task: config.setting(task, model_id, options.cache_dir) for task in tasks}
+    check_budgets(config, next(iter(settings.values())))
     queue = Queue(config, METHODS, settings, options.output_dir / f"{config.name}.jsonl", options.cache_dir / "locks")
     queue.work(report, max_seconds=options.max_seconds)
+
+
+def check_budgets(config: Config, setting: Setting) -> None:
+    """Refuse a budget that cannot be read before anything runs."""
+    memory_model = memory_model_of(setting, setting.recipe.sft_config(setting.folder))
+    for budget in sorted({budget for group in config.groups for budget in group.budgets}):
+        try:
+            limit_of(budget, memory_model)
+        except MemoryBudgetError as error:
+            sys.exit(f"error: configuration {config.name}: {error}")
 
 
 def local_model() -> str:

@@ -33,7 +33,7 @@ from benchmarks.finetune.setting import Setting
 from benchmarks.finetune.tensor_bytes import measured_bytes
 from peft_autoqra.errors import SearchBudgetError
 from peft_autoqra.evaluation.sft import quiet_arguments
-from peft_autoqra.evaluation.trial_memory import memory_freed
+from peft_autoqra.evaluation.trial_memory import is_out_of_memory, memory_freed
 from peft_autoqra.evaluation.trial_trainer import TrialTrainer
 from peft_autoqra.memory import MemoryBudget
 from peft_autoqra.memory_estimate import MemoryEstimate
@@ -88,7 +88,13 @@ def run_method(method: Method, run: Run, setting: Setting, *, decoded: bool) -> 
             prepared = method.prepare(setting, run.budget, args)
         except (NotApplicable, SearchBudgetError) as reason:
             return Record(run=run, status="not applicable", digest=setting.digest, reason=str(reason))
-        return _trained(prepared, run, setting, args, decoded=decoded)
+        try:
+            return _trained(prepared, run, setting, args, decoded=decoded)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = f"out of memory on this device: {error}"
+            return Record(run=run, status="not applicable", digest=setting.digest, reason=reason)
 
 
 def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *, decoded: bool) -> Record:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from transformers import LlamaConfig
+
+from benchmarks.finetune.config import Group, read_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/benchmark_finetune.py"
@@ -103,3 +107,16 @@ def test_a_failure_of_another_process_is_told(run, script, monkeypatch):
     monkeypatch.setattr(script, "start_worker", lambda: subprocess.Popen(["false"]))
     with pytest.raises(SystemExit, match="another process"):
         run("--workers", "2")
+
+
+def test_budgets_that_cannot_be_read_are_refused(script: ModuleType, tmp_path: Path) -> None:
+    config = read_config(SMALLEST)
+    model = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    model.save_pretrained(tmp_path)
+    setting = config.setting("reviews", str(tmp_path), tmp_path)
+    script.check_budgets(config, setting)
+    wrong = replace(config, groups=(Group(methods=("uniform",), budgets=("qlora-4bits",)),))
+    with pytest.raises(SystemExit, match="qlora-4bits"):
+        script.check_budgets(wrong, setting)

@@ -344,3 +344,15 @@ def test_records_of_another_recipe_are_not_mixed_in(setting: ChoiceSetting, tmp_
     changed = Queue(config, {"impossible": Impossible()}, {"choices": other}, records, tmp_path / "locks")
     with pytest.raises(SystemExit, match="another recipe"):
         changed.work(lambda _: None)
+
+
+def test_a_run_that_finds_no_memory_left_is_recorded_and_others_go_on(
+    setting: ChoiceSetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(PlainLossTrainer, "compute_loss", out_of_memory)
+    record = run_method(Lora(rank=4), RUN, setting, decoded=False)
+    assert record.status == "not applicable"
+    assert "out of memory" in record.reason
