@@ -80,21 +80,23 @@ def run_method(method: Method, run: Run, setting: Setting, *, decoded: bool) -> 
         setting: its model, task and recipe.
         decoded: decode quantized weights once instead of at every pass, which changes no result; their bytes are
             counted before.
-    """
+
+    Raises:
+        RuntimeError: from a library, for another reason than a lack of memory.
+    """  # noqa: DOC501 - lack of memory becomes a record
     with TemporaryDirectory() as directory:
         args = setting.recipe.sft_config(Path(directory), learning_rate=run.learning_rate, seed=run.seed)
         torch.manual_seed(run.seed)
         try:
             prepared = method.prepare(setting, run.budget, args)
-        except (NotApplicable, SearchBudgetError) as reason:
-            return Record(run=run, status="not applicable", digest=setting.digest, reason=str(reason))
-        try:
             return _trained(prepared, run, setting, args, decoded=decoded)
+        except (NotApplicable, SearchBudgetError) as error:
+            reason = str(error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = f"out of memory on this device: {error}"
-            return Record(run=run, status="not applicable", digest=setting.digest, reason=reason)
+        return Record(run=run, status="not applicable", digest=setting.digest, reason=reason)
 
 
 def _trained(prepared: Prepared, run: Run, setting: Setting, args: SFTConfig, *, decoded: bool) -> Record:
