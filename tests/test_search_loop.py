@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from peft_autoqra.sealed_record import unsealed
 from peft_autoqra.search_callback import SearchCallback
 from peft_autoqra.search_loop import DETERMINISTIC_WINDOW, SearchLoop, elapsed_seconds
 from peft_autoqra.search_session import SearchSession
@@ -76,7 +77,7 @@ def searched(session: SearchSession, executor: ShuffledExecutor, callback=None, 
 
 def content(session: SearchSession) -> list[dict]:
     """The log without times."""
-    records = [json.loads(line) for line in session.log.path.read_text().splitlines()]
+    records = [unsealed(json.loads(line)) for line in session.log.path.read_text().splitlines()]
     for record in records:
         if record["kind"] == "trial":
             assert record["result"].pop("ended_seconds") >= 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from peft_autoqra.errors import SearchStateError
+from peft_autoqra.sealed_record import sealed, unsealed
 from peft_autoqra.search_session import QLORA
 from peft_autoqra.trial import Trial, TrialResult, TrialStatus
 from peft_autoqra.trial_log import Finished, TrialLog
@@ -152,9 +153,9 @@ def test_a_log_of_another_version_is_refused(open_session, tmp_path):
     session.tell(trial, evaluate(trial))
     other = TrialLog(tmp_path / "log.jsonl", {"search": 1}).path
     lines = other.read_text().splitlines()
-    record = json.loads(lines[-1])
+    record = unsealed(json.loads(lines[-1]))
     record["number"] = 4
-    other.write_text("\n".join([*lines[:-1], json.dumps(record)]) + "\n")
+    other.write_text("\n".join([*lines[:-1], json.dumps(sealed(record))]) + "\n")
     with pytest.raises(SearchStateError, match=r"Trial 4 of .*is not one that this search would ask for"):
         open_session()
 

@@ -96,7 +96,9 @@ def _attempt(artefact: Artefact, wanted: Any, case: str) -> Attempt:
             warnings.simplefilter("ignore")
             found = artefact.read()
     except AutoQRAError as error:
-        is_named = any(name in str(error) for name in (artefact.path.name, str(artefact.path.parent)))
+        # what has no checksum may be read with another content, such as names of modules, and be refused for that
+        names = (artefact.path.name, str(artefact.path.parent))
+        is_named = not artefact.has_checksum or any(name in str(error) for name in names)
         defect = None if is_named else f"the error does not name the file: {error}"
         return Attempt(case=case, found=f"{artefact.name}: refused", defect=defect)
     except Exception as error:

@@ -72,8 +72,12 @@ class _Alarm:
         self._pending = False
         self._previous: Callable[[int, FrameType | None], object] | int | None = None
         in_main_thread = threading.current_thread() is threading.main_thread()
-        # None is a handler that was not installed from Python, which could not be put back
-        self._by_signal = in_main_thread and hasattr(signal, "pthread_kill") and signal.getsignal(signal.SIGALRM)
+        self._by_signal = (
+            in_main_thread
+            and hasattr(signal, "pthread_kill")
+            # a handler that was not installed from Python could not be put back; the default one is 0, which is false
+            and signal.getsignal(signal.SIGALRM) is not None
+        )
 
     def start(self) -> None:
         if self._by_signal:

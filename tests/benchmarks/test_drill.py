@@ -53,11 +53,12 @@ def test_a_killed_search_ends_as_if_undisturbed(processes, flags, tmp_path):
     assert job.partway_defect(drill.reference) is None
     log = job.folder / "trials.jsonl"
     lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join([*lines, lines[-1]]))
+    last = max(number for number, line in enumerate(lines) if '"kind": "trial"' in line)
+    log.write_text("".join([*lines, lines[last]]))
     assert "logged twice" in job.partway_defect(drill.reference)
     log.write_text("".join(lines))
     assert differences(job.state(), drill.reference) is None
-    log.write_text("".join(lines[:-1]))
+    log.write_text("".join(lines[:last] + lines[last + 1 :]))
     assert differences(job.state(), drill.reference).startswith("['trials'] differ")
     assert job.partway_defect({**drill.reference, "plan": None}) is not None
     (job.folder / "plan" / PLAN_FILE).write_bytes(b"half")
@@ -75,7 +76,9 @@ def test_damaged_files_are_refused(processes, flags, tmp_path):
     attempts, _ = drill_corruption(processes, flags, tmp_path, 2, "0")
     assert len(attempts) > 30
     assert not lost(attempts)
-    assert {attempt.found for attempt in attempts} >= {"plan: refused", "calibration bank: noticed, and made again"}
+    found = {attempt.found for attempt in attempts}
+    assert "plan: refused" in found
+    assert any(text.startswith("calibration bank: noticed") for text in found)
 
 
 def test_trouble_is_survived(processes, flags, tmp_path):

@@ -50,6 +50,24 @@ def in_thread(function):
     return outcome[0]
 
 
+@pytest.fixture
+def no_handler():
+    """As in a user's process; pytest-timeout has a handler of its own."""
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    yield
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    signal.signal(signal.SIGALRM, before)
+
+
+@SIGNALS
+@pytest.mark.usefixtures("no_handler")
+def test_a_sleep_is_cut_short_where_nobody_handles_the_signal():
+    start = time.perf_counter()
+    with pytest.raises(TimeLimitExceeded):
+        call_within(SHORT, hang_in_sleep)
+    assert time.perf_counter() - start < 5
+
+
 @SIGNALS
 @pytest.mark.parametrize("hang", [hang_in_python, hang_among_handlers, hang_in_sleep, hang_in_lock])
 def test_a_hang_is_stopped(hang):
