@@ -302,16 +302,20 @@ class Impossible:
         raise NotApplicable("it cannot be done")
 
 
-def test_the_queue_records_every_run_once_and_goes_on(setting: ChoiceSetting, tmp_path: Path) -> None:
-    config = Config(
+def make_config(setting: ChoiceSetting, learning_rates: tuple[float, ...], group: Group) -> Config:
+    return Config(
         name="tiny",
         model="tiny",
         tasks=("choices",),
         sizes=setting.sizes,
         recipe=setting.recipe,
-        learning_rates=(1e-3, 2e-3),
-        groups=(Group(methods=("lora-r4", "impossible"), seeds=(0, 1)),),
+        learning_rates=learning_rates,
+        groups=(group,),
     )
+
+
+def test_the_queue_records_every_run_once_and_goes_on(setting: ChoiceSetting, tmp_path: Path) -> None:
+    config = make_config(setting, (1e-3, 2e-3), Group(methods=("lora-r4", "impossible"), seeds=(0, 1)))
     methods: dict[str, Method] = {"lora-r4": Lora(rank=4), "impossible": Impossible()}
     queue = Queue(config, methods, {"choices": setting}, tmp_path / "tiny.jsonl", tmp_path / "locks")
     reported: list[Record] = []
@@ -328,15 +332,7 @@ def test_the_queue_records_every_run_once_and_goes_on(setting: ChoiceSetting, tm
 
 
 def test_records_of_another_recipe_are_not_mixed_in(setting: ChoiceSetting, tmp_path: Path) -> None:
-    config = Config(
-        name="tiny",
-        model="tiny",
-        tasks=("choices",),
-        sizes=setting.sizes,
-        recipe=setting.recipe,
-        learning_rates=(1e-3,),
-        groups=(Group(methods=("impossible",), seeds=(0,)),),
-    )
+    config = make_config(setting, (1e-3,), Group(methods=("impossible",), seeds=(0,)))
     records = tmp_path / "tiny.jsonl"
     queue = Queue(config, {"impossible": Impossible()}, {"choices": setting}, records, tmp_path / "locks")
     queue.work(lambda _: None)
