@@ -46,8 +46,9 @@ def smollm2():
         return MemoryModel.from_model(LlamaForCausalLM(config).to(torch.bfloat16))
 
 
-def test_reviews_have_an_allocation():
-    assert ALLOCATIONS / "SmolLM2-135M-Instruct-reviews.json" in FILES
+@pytest.mark.parametrize("task", ["reviews", "headlines", "quartz"])
+def test_all_tasks_have_an_allocation(task):
+    assert ALLOCATIONS / f"SmolLM2-135M-Instruct-{task}.json" in FILES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -14,6 +14,8 @@ from benchmarks.finetune.plan_method import PlanMethod
 
 SHORT_COST = 3.0
 """Of searches, where the fine-tune is so short that calibration costs more than one."""
+GENEROUS_COST = 10.0
+"""Of the published search, so that it does not lose for want of trials."""
 
 _ALLOCATORS: tuple[Allocator, ...] = (
     AutoQRA(),
@@ -23,6 +25,7 @@ _ALLOCATORS: tuple[Allocator, ...] = (
     AutoQRAAllocation(),
     Published(),
     Published(max_cost=SHORT_COST),
+    Published(max_cost=GENEROUS_COST),
     Sequential(),
     AutoRound(),
     Uniform(),
