@@ -35,7 +35,7 @@ class Claim:
         is_reached: whether the median over seeds reaches it; None without a run.
         verdict: "yes" and "no" where the 95% interval leaves no other answer, there is more than one seed, and none
             diverged.
-        rival: key of :data:`RIVALS` that ours is compared with at the same budget; None for QLoRA.
+        rival: method that ours is compared with at the same budget; None for QLoRA.
     """
 
     text: str
@@ -69,19 +69,18 @@ class MemoryCheck:
     part: str
 
 
-def contender(config: Config, method: str) -> str:
-    """A method as the configuration names it first: what it may cost is part of a search's name."""
-    names = (name for group in config.groups for name in group.methods)
-    return next((name for name in names if base_name(name) == method), method)
+def contenders(config: Config, method: str) -> list[str]:
+    """A method as the configuration names it, once for every cost: that is part of a search's name."""
+    names = dict.fromkeys(name for group in config.groups for name in group.methods)
+    return [name for name in names if base_name(name) == method] or [method]
 
 
 def all_claims(config: Config, cells: Mapping[Cell, CellRuns], tasks: Iterable[str]) -> list[Claim]:
-    """Of all tasks, claim by claim; comparisons with rivals at every budget that was run."""
-    tasks, ours = list(tasks), contender(config, OURS)
+    """Of all tasks, claim by claim; ours as it is named first, with rivals at every cost and budget that was run."""
+    tasks, ours = list(tasks), contenders(config, OURS)[0]
     claims = [_gap_claim(cells, ours, task) for task in tasks]
     claims += [_less_memory_claim(cells, ours, task) for task in tasks]
-    for rival in RIVALS:
-        theirs = contender(config, rival)
+    for theirs in (name for rival in RIVALS for name in contenders(config, rival)):
         for budget in _common_budgets(cells, ours, theirs):
             claims += [_rival_claim(cells, task, (ours, theirs), budget) for task in tasks]
     return claims
@@ -149,7 +148,7 @@ def _rival_claim(cells: Mapping[Cell, CellRuns], task: str, methods: tuple[str, 
         effect=effect,
         is_reached=None if effect is None else effect.value < 0,
         verdict=_verdict(effect, found),
-        rival=base_name(rival),
+        rival=rival,
     )
 
 

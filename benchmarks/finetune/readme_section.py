@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.finetune.claims import FULL_BUDGET, LESS_BUDGET, RIVALS, Claim, contender
+from benchmarks.finetune.claims import FULL_BUDGET, LESS_BUDGET, Claim, contenders
 from benchmarks.finetune.comparison import median_loss, median_metric
 from benchmarks.finetune.figures import MISSING, megabytes, plain, share, signed, with_interval
 from benchmarks.finetune.provenance import describe_runs, describe_setting
@@ -69,7 +69,7 @@ def paragraph(text: str) -> str:
 
 def known_rows(results: Results) -> list[tuple[str, str | None]]:
     """Methods and budgets of the table, those with results."""
-    rows = [(contender(results.config, method), budget) for method, budget in ROWS]
+    rows = [(name, budget) for method, budget in ROWS for name in contenders(results.config, method)]
     return [row for row in rows if results.runs_of_all_tasks(*row)]
 
 
@@ -131,11 +131,10 @@ def _claims_table(results: Results) -> str:
         [f"{text}?", *(_one(claims, text, task) for task in results.tasks)]
         for text in dict.fromkeys(claim.text for claim in claims if claim.rival is None)
     ]
-    for rival in RIVALS:
+    for rival in dict.fromkeys(claim.rival for claim in claims if claim.rival):
         against = [claim for claim in claims if claim.rival == rival]
-        if against:
-            row = f'better than "{method_title(contender(results.config, rival))}" at equal memory?'
-            rows.append([row, *(_by_verdict(against, task) for task in results.tasks)])
+        row = f'better than "{method_title(rival)}" at equal memory?'
+        rows.append([row, *(_by_verdict(against, task) for task in results.tasks)])
     return markdown_table(["this package:", *results.tasks], rows) if rows else ""
 
 

@@ -201,6 +201,20 @@ def test_a_search_of_another_cost_is_ours_where_the_configuration_says_so(root):
     assert pairs == {(ours, published), (costly, published), (ours, costly)}
 
 
+def test_ours_is_compared_with_every_cost_of_a_rival(root):
+    write_config(root, text=CONFIG.replace("sequential", "published-cost3, published-cost10"))
+    found = (("qlora-r16", 2.6, None), ("lora-r16", 2.5, None), ("autoqra", 2.55, BUDGET))
+    records = [r for method, loss, budget in found for r in cell(method, loss, budget=budget)]
+    records += cell("published-cost3", 2.7, budget=BUDGET) + cell("published-cost10", 2.5, budget=BUDGET)
+    readme, _ = sections(root, records)
+    assert rows(readme, 'better than "AutoQRA as published, cost 3"')[0][1:] == ["yes: 4 bits"]
+    assert rows(readme, 'better than "AutoQRA as published, cost 10"')[0][1:] == ["no: 4 bits"]
+    assert [row[0] for row in rows(readme, "AutoQRA as published")] == [
+        "AutoQRA as published, cost 3, QLoRA's memory",
+        "AutoQRA as published, cost 10, QLoRA's memory",
+    ]
+
+
 def test_rendering_again_changes_nothing_and_new_records_do(root):
     first = rendered(root, all_records())
     pictures = {path: path.read_bytes() for path in (root / "docs").glob("*.png")}
