@@ -15,7 +15,7 @@ from benchmarks.finetune.titles import base_name, budget_order, budget_title, me
 
 BASELINE, UNQUANTIZED, OURS = "qlora-r16", "lora-r16", "autoqra"
 FULL_BUDGET, LESS_BUDGET = "qlora-4bit-r16", "0.75*qlora-4bit-r16"
-RIVALS = ("sequential", "published")
+RIVALS = ("sequential", "published", "uniform", "autoround")
 SHARE = 0.8
 MIN_SEEDS = 2  # with one, nothing is known about others
 
@@ -141,7 +141,7 @@ def _rival_claim(cells: Mapping[Cell, CellRuns], task: str, methods: tuple[str, 
     found = _runs(cells, (task, ours, budget), (task, rival, budget))
     effect = loss_difference(*found) if found else None
     return Claim(
-        text=f'better than "{method_title(rival)}" at equal memory ({budget_title(budget)})',
+        text=f'better than "{method_title(rival)}" within the same memory ({budget_title(budget)})',
         task=task,
         budget=budget,
         figure="loss difference",

@@ -57,7 +57,7 @@ def _blocks(results: Results, pictures: Sequence[Path]) -> Iterator[str]:
             yield f"### Losses: {task}"
             yield losses_table(results, task)
     if rivals := rivals_table(results):
-        yield "### At equal memory"
+        yield "### Within the same memory"
         yield rivals
     yield "### Memory"
     yield paragraph(f"Of the real tensors, in MB. {memory_sentence(results)}")

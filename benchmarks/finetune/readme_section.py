@@ -133,7 +133,7 @@ def _claims_table(results: Results) -> str:
     ]
     for rival in dict.fromkeys(claim.rival for claim in claims if claim.rival):
         against = [claim for claim in claims if claim.rival == rival]
-        row = f'better than "{method_title(rival)}" at equal memory?'
+        row = f'better than "{method_title(rival)}" within the same memory?'
         rows.append([row, *(_by_verdict(against, task) for task in results.tasks)])
     return markdown_table(["this package:", *results.tasks], rows) if rows else ""
 

@@ -62,7 +62,7 @@ def _loss_cells(results: Results, runs: CellRuns) -> list[str]:
 
 
 def rivals_table(results: Results) -> str:
-    """Ours against others at equal memory; empty where no such pair was run."""
+    """Ours against others within the same memory; empty where no such pair was run."""
     rows = [row for task in results.tasks for row in _rival_rows(results, task)]
     header = ["task", "memory", "first", "second", "loss, first minus second", "accuracy, first minus second", "seeds"]
     return markdown_table(header, rows) if rows else ""
