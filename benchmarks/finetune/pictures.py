@@ -86,18 +86,10 @@ def _figures(point: Point) -> str:
     return " ".join(f"{value:.4f}" for value in (point.difference, *bounds))
 
 
-def differences_picture(
-    points: Sequence[Point], tasks: Sequence[str], named: Sequence[tuple[str, str | None]]
-) -> bytes:
-    """One panel a task, one line for each method; PNG.
-
-    Args:
-        points: of which some are shown.
-        tasks: names.
-        named: methods and budgets to show.
-    """
-    shown = [point for point in points if (point.method, point.budget) in named]
-    height = 0.85 + _ROW * len(named)
+def differences_picture(points: Sequence[Point], tasks: Sequence[str]) -> bytes:
+    """One panel a task, one line for each method and budget, in the order of the points; PNG."""
+    rows = list(dict.fromkeys((point.method, point.budget) for point in points))
+    height = 0.85 + _ROW * len(rows)
     with plot_settings():
         drawing = Drawing(_WIDTH, height, "Held-out loss of every method minus that of QLoRA r=16, with 95% intervals")
         left, bottom = 2.55 / _WIDTH, 0.45 / height
@@ -105,11 +97,9 @@ def differences_picture(
         for index, task in enumerate(tasks):
             box = (left + index * width, bottom, width * 0.93, 1 - bottom - 0.3 / height)
             axes = drawing.figure.add_axes(box)
-            _draw_differences(axes, [point for point in shown if point.task == task], named)
+            _draw_differences(axes, [point for point in points if point.task == task], rows)
             axes.set_title(task)
-            axes.set_yticks(
-                range(len(named)), [cell_title(*row) for row in named] if index == 0 else [""] * len(named)
-            )
+            axes.set_yticks(range(len(rows)), [cell_title(*row) for row in rows] if index == 0 else [""] * len(rows))
         drawing.figure.text(
             0.985, 0.04 / height, "loss minus that of QLoRA r=16, nats per token", ha="right", size=SMALL
         )
@@ -132,7 +122,7 @@ def memory_picture(points: Sequence[Point], tasks: Sequence[str]) -> bytes:
                 box = (
                     left + column * width,
                     (_PANEL * (len(scopes) - 1 - row) + 0.45) / height,
-                    width * 0.84,
+                    width * 0.78,
                     (_PANEL - 0.75) / height,
                 )
                 axes = drawing.figure.add_axes(box)

@@ -24,11 +24,13 @@ ROWS: tuple[tuple[str, str | None], ...] = (
     ("qlora-loftq-r16", None),
     ("qlora-adalora", None),
     ("qlora-eva-r16", None),
+    ("uniform-zero", FULL_BUDGET),
     ("uniform", FULL_BUDGET),
     ("sequential", FULL_BUDGET),
     ("autoround", FULL_BUDGET),
     ("published", FULL_BUDGET),
     ("autoqra", FULL_BUDGET),
+    ("uniform", LESS_BUDGET),
     ("autoqra", LESS_BUDGET),
 )
 NOTHING = "Nothing is recorded yet."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from benchmarks.finetune.config import read_config
@@ -72,18 +71,19 @@ def read_results(root: Path, name: str) -> Results:
 
 def _pictures(root: Path, results: Results) -> dict[Path, bytes | None]:
     """None for those that are there; empty without anything to draw."""
-    points = points_of(results)
+    points, rows = points_of(results), known_rows(results)
     if not points:
         return {}
-    drawn: dict[Path, bytes | None] = {}
-    draws: dict[str, Callable[[Sequence[Point], Sequence[str]], bytes]] = {
-        "memory": memory_picture,
-        "differences": partial(differences_picture, named=known_rows(results)),
+    in_rows = [point for row in rows for point in points if (point.method, point.budget) == row]
+    draws: dict[str, tuple[Callable[[Sequence[Point], Sequence[str]], bytes], Sequence[Point]]] = {
+        "memory": (memory_picture, points),
+        "differences": (differences_picture, in_rows),
     }
-    for kind, draw in draws.items():
+    drawn: dict[Path, bytes | None] = {}
+    for kind, (draw, shown) in draws.items():
         path = GUIDE.with_name(f"finetuning-{results.config.name}-{kind}.png")
-        is_there = (root / path).exists() and fingerprint(points).encode() in (root / path).read_bytes()
-        drawn[path] = None if is_there else draw(points, results.tasks)
+        is_there = (root / path).exists() and fingerprint(shown).encode() in (root / path).read_bytes()
+        drawn[path] = None if is_there else draw(shown, results.tasks)
     return drawn
 
 
