@@ -8,6 +8,7 @@ from benchmarks.finetune.budget import QLORA, STORED_PREFIX
 
 METHODS = {
     "lora-r16": "LoRA r=16, 16 bits",
+    "qlora-r4": "QLoRA r=4",
     "qlora-r8": "QLoRA r=8",
     "qlora-r16": "QLoRA r=16",
     "qlora-r16-bf16": "QLoRA r=16, bfloat16 adapters",
@@ -20,7 +21,7 @@ METHODS = {
     "uniform-like": "same bits and rank, calibrated",
     "uniform-zero": "uniform, no data",
     "uniform": "uniform, calibrated",
-    "sequential": "sequential: bits, then one rank",
+    "sequential": "sequential: one rank, then bits",
     "autoround": "AutoRound's bits, one rank",
     "published": "AutoQRA as published",
     "autoqra-allocation": "this package, allocation alone",

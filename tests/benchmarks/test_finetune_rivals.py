@@ -62,6 +62,7 @@ def train(prepared: Prepared, setting: TinySetting, num_steps: int) -> AtEverySt
 def test_names_are_those_of_the_tables() -> None:
     assert list(METHODS) == [
         "lora-r16",
+        "qlora-r4",
         "qlora-r8",
         "qlora-r16",
         "qlora-r16-bf16",

@@ -67,6 +67,7 @@ def in_bfloat16(memory: MemoryEstimate) -> MemoryEstimate:
 
 
 METHODS: tuple[Method, ...] = (
+    Qlora(rank=4),
     Qlora(rank=8),
     Qlora(rank=16),
     Qlora(rank=16, bfloat16=True),

@@ -15,7 +15,7 @@ from benchmarks.finetune.plan_method import PlanMethod
 SHORT_COST = 3.0
 """Of searches, where the fine-tune is so short that calibration costs more than one."""
 GENEROUS_COST = 10.0
-"""Of the published search, so that it does not lose for want of trials."""
+"""Of the published search: more trials, of the same fidelities."""
 
 _ALLOCATORS: tuple[Allocator, ...] = (
     AutoQRA(),
