@@ -15,7 +15,7 @@ from benchmarks.finetune.titles import base_name, budget_order, budget_title, me
 
 BASELINE, UNQUANTIZED, OURS = "qlora-r16", "lora-r16", "autoqra"
 FULL_BUDGET, LESS_BUDGET = "qlora-4bit-r16", "0.75*qlora-4bit-r16"
-RIVALS = ("sequential", "published", "uniform", "autoround")
+RIVALS = ("sequential", "published", "uniform", "autoround", "autoqra-allocation")
 SHARE = 0.8
 MIN_SEEDS = 2  # with one, nothing is known about others
 

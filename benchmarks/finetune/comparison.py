@@ -99,6 +99,11 @@ def median_loss(runs: CellRuns) -> float:
     return statistics.median(record.test.loss for record in runs.records if record.test is not None)
 
 
+def median_answer_loss(runs: CellRuns) -> float:
+    """Over tokens of completions alone, on the test split, over seeds."""
+    return statistics.median(record.test.answer_loss for record in runs.records if record.test is not None)
+
+
 def median_metric(runs: CellRuns) -> float | None:
     """Share of right answers on the test split, median over seeds; None where there is no metric."""
     tests = [record.test for record in runs.records if record.test is not None]

@@ -64,7 +64,7 @@ def _blocks(results: Results, pictures: Sequence[Path]) -> Iterator[str]:
     yield memory_table(results)
     yield honesty_table(results)
     yield "### Cost"
-    yield paragraph("Medians over tasks and seeds, by the clock of the machine above.")
+    yield paragraph("Medians over tasks and seeds.")
     yield cost_table(results)
     yield "### Learning rates"
     yield paragraph(f"Loss on the development split after training with the first seed.{_edge_sentence(results)}")

@@ -11,7 +11,7 @@ from benchmarks.finetune.claims import FULL_BUDGET, LESS_BUDGET, Claim, contende
 from benchmarks.finetune.comparison import median_loss, median_metric
 from benchmarks.finetune.figures import MISSING, megabytes, plain, share, signed, with_interval
 from benchmarks.finetune.provenance import describe_runs, describe_setting
-from benchmarks.finetune.results import Results
+from benchmarks.finetune.results import Results, median_of
 from benchmarks.finetune.tables import before_training, memory_sentence
 from benchmarks.finetune.titles import base_name, budget_title, method_title
 from peft_autoqra.markdown import markdown_table
@@ -77,7 +77,7 @@ def known_rows(results: Results) -> list[tuple[str, str | None]]:
 
 def _main_table(results: Results) -> str:
     known = known_rows(results)
-    header = ["method", "training memory, MB", *results.tasks, "accuracy", "before training"]
+    header = ["method", "training memory, MB", "bits, rank", *results.tasks, "accuracy", "before training"]
     return markdown_table(header, [_main_row(results, *row) for row in known])
 
 
@@ -89,6 +89,7 @@ def _main_row(results: Results, method: str, budget: str | None) -> list[str]:
     return [
         f"{method_title(method)}{_PLACES[budget]}",
         megabytes(statistics.median(sizes) if sizes else None),
+        f"{plain(median_of(r.mean_bits for r in records), 1)}, {plain(median_of(r.mean_rank for r in records), 0)}",
         *(_loss_cell(results, task, method, budget) for task in results.tasks),
         " / ".join(_accuracy(results, task, method, budget) for task in results.tasks),
         plain(before, 2),
@@ -114,7 +115,8 @@ def _legend(results: Results) -> str:
     text = (
         f"{', '.join(results.tasks)}: held-out loss minus that of QLoRA r=16, nats per token (below 0 is better), "
         "median over seeds, in brackets 95% over seeds and held-out examples; then the share closed of its gap "
-        "to 16-bit LoRA. Accuracy: in the order of these tasks. Before training: search and calibration, in QLoRA "
+        "to 16-bit LoRA, whose intervals the guide has. Bits and rank: medians over tasks of a plan's means. "
+        "Accuracy: in the order of these tasks. Before training: search and calibration, in QLoRA "
         "fine-tunes by the clock."
     )
     if any(base_name(method) != method for method, _ in known_rows(results)):

@@ -6,15 +6,21 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.finetune.cell_runs import CellRuns
 from benchmarks.finetune.claims import BASELINE, MIN_SEEDS, check_memory
-from benchmarks.finetune.comparison import loss_difference, median_loss, median_metric, metric_difference
+from benchmarks.finetune.comparison import (
+    loss_difference,
+    median_answer_loss,
+    median_loss,
+    median_metric,
+    metric_difference,
+)
 from benchmarks.finetune.figures import MISSING, interval, megabytes, plain, share, signed, with_interval
 from benchmarks.finetune.records import Record
 from benchmarks.finetune.results import Results, median_of
 from benchmarks.finetune.titles import base_name, budget_title, cell_title, method_title
 from peft_autoqra.markdown import markdown_table
 
-OURS = ("autoqra", "autoqra-gptq", "autoqra-allocation", "autoqra-allocation-gptq")
-RIVALS = ("sequential", "published", "autoround", "uniform", "uniform-zero", "uniform-like", "uniform-like-zero")
+_OWN = ("autoqra", "autoqra-gptq", "autoqra-allocation", "autoqra-allocation-gptq")
+_OTHERS = ("sequential", "published", "autoround", "uniform", "uniform-zero", "uniform-like", "uniform-like-zero")
 
 
 def claims_table(results: Results) -> str:
@@ -39,8 +45,8 @@ def losses_table(results: Results, task: str) -> str:
         if runs.cell[0] == task and runs.runs:
             rows.append([cell_title(method, budget), *_loss_cells(results, runs)])
     header = [
-        "method", "learning rate", "loss", f"minus {method_title(BASELINE)}'s", "gap closed", "accuracy",
-        f"minus {method_title(BASELINE)}'s", "mean bits", "mean rank", "seeds", "diverged",
+        "method", "learning rate", "loss", f"minus {method_title(BASELINE)}'s", "gap closed", "loss of answers",
+        "accuracy", f"minus {method_title(BASELINE)}'s", "mean bits", "mean rank", "seeds", "diverged",
     ]  # fmt: skip
     return markdown_table(header, rows)
 
@@ -52,6 +58,7 @@ def _loss_cells(results: Results, runs: CellRuns) -> list[str]:
         plain(median_loss(runs)),
         with_interval(results.loss_to_baseline(runs)),
         with_interval(results.gap_closed(runs), as_share=True),
+        plain(median_answer_loss(runs)),
         plain(median_metric(runs)),
         with_interval(results.metric_to_baseline(runs)),
         plain(first.mean_bits, 2),
@@ -76,7 +83,7 @@ def _rival_rows(results: Results, task: str) -> Iterator[list[str]]:
             for (name, method, _), runs in results.cells.items()
             if name == task and base_name(method) == base and runs.runs
         ]
-        for known in (OURS, RIVALS)
+        for known in (_OWN, _OTHERS)
     )
     for index, first in enumerate(ours):
         for second in (*rivals, *ours[index + 1 :]):
@@ -215,4 +222,4 @@ def memory_sentence(results: Results) -> str:
     """Over all methods."""
     check = check_memory(results.records)
     kept = f"; {check.num_kept} of {check.num_limited} with a budget kept it" if check.num_limited else ""
-    return f"{check.num_exact} of {check.num_runs} runs took the bytes that were predicted, part by part{kept}."
+    return f"{check.num_exact} of {check.num_runs} runs had the bytes that were predicted, part by part{kept}."

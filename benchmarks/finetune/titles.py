@@ -47,17 +47,17 @@ def method_title(name: str) -> str:
 
 
 def budget_title(budget: str) -> str:
-    """Short, as ``"4 bits"``, ``"75% of 4 bits"``; of QLoRA of rank 16 where no rank is named."""
+    """Short, as ``"4-bit QLoRA"``, ``"75% of 4-bit QLoRA"``; of rank 16 where no rank is named."""
     text = budget.removeprefix(STORED_PREFIX)
     if found := QLORA.fullmatch(text):
-        text = f"{found['bits']} bits" + ("" if found["rank"] == "16" else f" r={found['rank']}")
+        text = f"{found['bits']}-bit QLoRA" + ("" if found["rank"] == "16" else f" r={found['rank']}")
         text = f"{float(found['factor']):.0%} of {text}" if found["factor"] else text
     return f"{text}, stored" if budget.startswith(STORED_PREFIX) else text
 
 
 def cell_title(method: str, budget: str | None) -> str:
     """Method and budget."""
-    return method_title(method) if budget is None else f"{method_title(method)}, {budget_title(budget)}"
+    return method_title(method) if budget is None else f"{method_title(method)}, within {budget_title(budget)}"
 
 
 def method_order(name: str) -> tuple[int, str]:

@@ -118,5 +118,6 @@ def test_comments_tell_how_many_runs_there_are(path):
     seeds = defaultdict(set)
     for group in config.groups:
         for cell in group_cells(config, group, METHODS):
+            assert group.seeds[0] == config.groups[0].seeds[0]  # that learning rates are tried with
             seeds[cell] |= set(group.seeds)
     assert int(told[1]) == sum(len(config.learning_rates) + len(found) - 1 for found in seeds.values())

@@ -97,8 +97,8 @@ def test_the_readme_has_losses_gaps_memory_and_accuracy(root):
     records = all_records()
     readme, _ = sections(root, records)
     (ours,) = rows(readme, "this package, QLoRA's memory")
-    assert ours[1] == "190.0"
-    for column, task in ((2, "reviews"), (3, "quartz")):
+    assert ours[1:3] == ["190.0", "4.0, 16"]
+    for column, task in ((3, "reviews"), (4, "quartz")):
         own = mean_losses(records, "autoqra", task, BUDGET)
         low, high = (mean_losses(records, method, task) for method in ("qlora-r16", "lora-r16"))
         shown, share = ours[column].split(", ")
@@ -108,15 +108,15 @@ def test_the_readme_has_losses_gaps_memory_and_accuracy(root):
         assert baseline[column] == f"0 (loss {np.median(low):.3f})"
     metrics = [np.median([r.test.metric for r in records if (r.run.method, r.run.task) == ("autoqra", task)
                           and r.run.learning_rate == 0.002]) for task in ("reviews", "quartz")]  # fmt: skip
-    assert ours[4] == " / ".join(f"{metric:.2f}" for metric in metrics)
-    assert ours[5] == "0.50"  # 30 s of 60
+    assert ours[5] == " / ".join(f"{metric:.2f}" for metric in metrics)
+    assert ours[6] == "0.50"  # 30 s of 60
     assert not rows(readme, "LoftQ")  # was not run
     (claim,) = rows(readme, "closes at least 80%")
     assert [text.split(" ")[0] for text in claim[1:]] == ["yes", "no"]
     (rival,) = rows(readme, 'better than "sequential')
-    assert rival[1:] == ["yes: 4 bits", "no: 4 bits"]
-    assert "32 of 32 runs took the bytes that were predicted, part by part; 16 of 16 with a budget kept it." in readme
+    assert rival[1:] == ["yes: 4-bit QLoRA", "no: 4-bit QLoRA"]
     said = " ".join(readme.split())
+    assert "32 of 32 runs had the bytes that were predicted, part by part; 16 of 16 with a budget kept it." in said
     assert (
         "32 runs, 3 seeds a cell; a CPU, 1 thread a run; Python 3.11.2, torch 2.13.0, peft 0.21.2; 2026-11-22" in said
     )
@@ -127,7 +127,7 @@ def test_what_is_not_there_is_a_dash_and_said_so(root):
     records = [r for r in all_records() if (r.run.method, r.run.task) != ("sequential", "quartz")]
     readme, _ = sections(root, [r for r in records if r.run.seed == 0 or r.run.method != "autoqra"])
     (row,) = rows(readme, "sequential")
-    assert row[3] == MISSING
+    assert row[4] == MISSING
     said = " ".join(readme.split())
     assert f"{MISSING}: no result yet" in said
     assert "one seed only" in said
@@ -150,26 +150,33 @@ def test_the_guide_has_every_cell(root):
     records = [replace(r, dev=None, test=None, memory=None) if r.status != "completed" else r for r in records]
     records.append(record("qlora-r8", 2.6))
     _, guide = sections(root, records)
-    less, *_ = rows(guide, "this package, 75% of 4 bits")
+    less, *_ = rows(guide, "this package, within 75% of 4-bit QLoRA")
     low, own = mean_losses(records, "qlora-r16", "reviews"), mean_losses(records, "autoqra", "reviews", LESS)
     assert less[1:3] == ["0.002", f"{np.median(own):.3f}"]
     assert number(less[3]) == pytest.approx(np.median(own - low), abs=6e-4)
+    assert less[5] == "0.500"
     assert less[-4:] == ["4.00", "16.0", "3", "0"]
     (memory_row,) = [
-        row for row in rows(guide, "this package, 75%") if row[1] == "reviews" and "." in row[2] and len(row) == 12
+        row
+        for row in rows(guide, "this package, within 75%")
+        if row[1] == "reviews" and "." in row[2] and len(row) == 12
     ]
     assert memory_row[2:] == ["50.0", "1.0", "50.0", "9.0", "30.0", "140.0", "140.0", "110.0", "142.0", MISSING]
     assert ["this package", "8 of 12", "+3 (metadata)", "12 of 12"] in rows(guide, "this package")
-    assert ["this package, 4 bits", "30", "7", "0.50", "0.50", "60", "1.00"] in rows(guide, "this package, 4 bits")
+    assert ["this package, within 4-bit QLoRA", "30", "7", "0.50", "0.50", "60", "1.00"] in rows(
+        guide, "this package, within 4-bit QLoRA"
+    )
     assert ["QLoRA r=16", "reviews", "3.100", "2.600", "0.002"] in rows(guide, "QLoRA r=16")
-    assert rows(guide, "uniform, calibrated, 3 bits, stored")
+    assert rows(guide, "uniform, calibrated, within 3-bit QLoRA, stored")
     (rival,) = [
-        row for row in rows(guide, "reviews") if row[1:4] == ["4 bits", "this package", method_title("sequential")]
+        row
+        for row in rows(guide, "reviews")
+        if row[1:4] == ["4-bit QLoRA", "this package", method_title("sequential")]
     ]
     theirs = mean_losses(records, "sequential", "reviews", BUDGET)
     difference = mean_losses(records, "autoqra", "reviews", BUDGET) - theirs
     assert number(rival[4]) == pytest.approx(np.median(difference), abs=6e-4)
-    assert "- AutoQRA as published, 4 bits on reviews: no room." in guide
+    assert "- AutoQRA as published, within 4-bit QLoRA on reviews: no room." in guide
     assert "- Not all learning rates tried yet: QLoRA r=8 on reviews." in guide
 
 
@@ -180,7 +187,7 @@ def test_costs_are_in_units_of_the_baselines_time_on_the_same_task(root):
         spent = Spent(seconds=seconds / 2, trials=9, cost=0.75)
         records += cell("autoqra", 2.5, task=task, budget=BUDGET, train_seconds=seconds, spent=spent)
     _, guide = sections(root, records)
-    (row,) = [row for row in rows(guide, "this package, 4 bits") if len(row) == 7]
+    (row,) = [row for row in rows(guide, "this package, within 4-bit QLoRA") if len(row) == 7]
     assert row[1:] == ["65", "9", "0.75", "0.88", "130", "1.75"]  # medians of 30 and 100, of 0.75 and 1, of 1.5 and 2
 
 
@@ -194,7 +201,7 @@ def test_a_search_of_another_cost_is_ours_where_the_configuration_says_so(root):
     assert rows(readme, "this package, cost 3, QLoRA's memory")
     assert not rows(readme, "this package, QLoRA's memory")
     assert [text.split(" ")[0] for text in rows(readme, "closes at least 80%")[0][1:]] == ["yes", "yes"]
-    assert rows(readme, 'better than "AutoQRA as published, cost 3"')[0][1:] == ["yes: 4 bits"] * 2
+    assert rows(readme, 'better than "AutoQRA as published, cost 3"')[0][1:] == ["yes: 4-bit QLoRA"] * 2
     assert "Cost: what a search may spend" in " ".join(readme.split())
     pairs = {tuple(row[2:4]) for row in rows(guide, "reviews") if len(row) == 7}
     ours, costly, published = "this package", "this package, cost 3", "AutoQRA as published, cost 3"
@@ -207,8 +214,8 @@ def test_ours_is_compared_with_every_cost_of_a_rival(root):
     records = [r for method, loss, budget in found for r in cell(method, loss, budget=budget)]
     records += cell("published-cost3", 2.7, budget=BUDGET) + cell("published-cost10", 2.5, budget=BUDGET)
     readme, _ = sections(root, records)
-    assert rows(readme, 'better than "AutoQRA as published, cost 3"')[0][1:] == ["yes: 4 bits"]
-    assert rows(readme, 'better than "AutoQRA as published, cost 10"')[0][1:] == ["no: 4 bits"]
+    assert rows(readme, 'better than "AutoQRA as published, cost 3"')[0][1:] == ["yes: 4-bit QLoRA"]
+    assert rows(readme, 'better than "AutoQRA as published, cost 10"')[0][1:] == ["no: 4-bit QLoRA"]
     assert [row[0] for row in rows(readme, "AutoQRA as published")] == [
         "AutoQRA as published, cost 3, QLoRA's memory",
         "AutoQRA as published, cost 10, QLoRA's memory",
@@ -229,6 +236,10 @@ def test_rendering_again_changes_nothing_and_new_records_do(root):
     second = rendered(root, cell("uniform", 2.7, budget=BUDGET))
     assert second != first
     assert all(path.read_bytes() != before for path, before in pictures.items())
+    pictures = {path: path.read_bytes() for path in pictures}
+    rendered(root, cell("qlora-r8", 2.7))  # no row of the README
+    changed = [path.stem.rpartition("-")[2] for path, before in pictures.items() if path.read_bytes() != before]
+    assert changed == ["memory"]
     for path in re.findall(r"\]\(([^)]+)\)", second[0]):
         assert (root / path).exists()
     for path in re.findall(r"\]\(([^)]+)\)", second[1]):
@@ -265,17 +276,17 @@ def test_all_that_is_configured_has_a_title(path):
 @pytest.mark.parametrize(
     ("budget", "title"),
     [
-        ("qlora-4bit-r16", "4 bits"),
-        ("0.75*qlora-4bit-r16", "75% of 4 bits"),
-        ("qlora-2.5bit-r16", "2.5 bits"),
-        ("qlora-4bit-r64", "4 bits r=64"),
-        ("stored:qlora-3bit-r16", "3 bits, stored"),
+        ("qlora-4bit-r16", "4-bit QLoRA"),
+        ("0.75*qlora-4bit-r16", "75% of 4-bit QLoRA"),
+        ("qlora-2.5bit-r16", "2.5-bit QLoRA"),
+        ("qlora-4bit-r64", "4-bit QLoRA r=64"),
+        ("stored:qlora-3bit-r16", "3-bit QLoRA, stored"),
         ("6GB", "6GB"),
     ],
 )
 def test_budgets_have_titles(budget, title):
     assert budget_title(budget) == title
-    assert cell_title("autoqra-cost3", budget) == f"this package, cost 3, {title}"
+    assert cell_title("autoqra-cost3", budget) == f"this package, cost 3, within {title}"
 
 
 def test_budgets_come_from_the_largest_and_stored_ones_last():

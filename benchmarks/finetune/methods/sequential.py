@@ -1,4 +1,4 @@
-"""Bits first, by sensitivity, then one rank everywhere: quantize, then put LoRA on (LQ-LoRA, arXiv 2311.12023)."""
+"""One rank everywhere, then bits by sensitivity, each without regard to the other (LQ-LoRA, arXiv 2311.12023)."""
 
 from __future__ import annotations
 
