@@ -19,6 +19,7 @@ from peft_autoqra.markdown import markdown_table
 ROWS: tuple[tuple[str, str | None], ...] = (
     ("lora-r16", None),
     ("qlora-r16", None),
+    ("qlora-r4", None),
     ("qlora-r16-bf16", None),
     ("qlora-rslora-r64", None),
     ("qlora-loftq-r16", None),
