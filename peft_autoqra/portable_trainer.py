@@ -41,6 +41,13 @@ class PortableTrainer(SFTTrainer):  # type: ignore[misc]
         """Whether the model is shared by FSDP2."""
         return bool(self.accelerator.is_fsdp2)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where a checkpoint is of the last step already: transformers would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; every process must call this, the first one writes.
 

@@ -220,6 +220,20 @@ def test_resuming_from_the_last_checkpoint(make_finetune, tmp_path):
         assert torch.equal(found, expected), name
 
 
+def test_a_checkpoint_of_the_last_step_is_not_trained_further(make_finetune):
+    """As after a kill between the last checkpoint and the end."""
+    recipe = {"save_steps": 3, "gradient_accumulation_steps": 1}
+    straight = make_finetune(bits=3, r=4, recipe=recipe)
+    expected = straight.run()
+    resumed = make_finetune(bits=3, r=4, recipe=recipe | {"resume_from_checkpoint": "true"})
+    found = resumed.run()
+    assert (found.num_steps, found.eval_loss) == (expected.num_steps, expected.eval_loss)
+    assert found.measured == expected.measured is not None
+    trained = dict(straight.trainer.model.named_parameters())
+    for name, parameter in resumed.trainer.model.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+
+
 def test_estimate_changes_no_weight(make_finetune):
     finetune = make_finetune(bits=4, r=4)
     before = {name: p.detach().clone() for name, p in finetune.trainer.model.named_parameters()}

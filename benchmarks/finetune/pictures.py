@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 8.4  # inches
 _ROW = 0.2  # of a method
+_CHARACTER = 0.054  # of a method's title, with room to spare
 _TOP, _PANEL = 0.75, 2.6  # of the legend; of a row of panels
 _DOTS = 150  # per inch
 _FAR = 1.6  # times the range of what is compared; points beyond are named, not drawn
@@ -92,14 +93,15 @@ def differences_picture(points: Sequence[Point], tasks: Sequence[str]) -> bytes:
     height = 0.85 + _ROW * len(rows)
     with plot_settings():
         drawing = Drawing(_WIDTH, height, "Held-out loss of every method minus that of QLoRA r=16, with 95% intervals")
-        left, bottom = 2.55 / _WIDTH, 0.45 / height
+        titles = [cell_title(*row) for row in rows]
+        left, bottom = (0.15 + _CHARACTER * max(map(len, titles))) / _WIDTH, 0.45 / height
         width = (0.985 - left) / len(tasks)
         for index, task in enumerate(tasks):
             box = (left + index * width, bottom, width * 0.93, 1 - bottom - 0.3 / height)
             axes = drawing.figure.add_axes(box)
             _draw_differences(axes, [point for point in points if point.task == task], rows)
             axes.set_title(task)
-            axes.set_yticks(range(len(rows)), [cell_title(*row) for row in rows] if index == 0 else [""] * len(rows))
+            axes.set_yticks(range(len(rows)), titles if index == 0 else [""] * len(rows))
         drawing.figure.text(
             0.985, 0.04 / height, "loss minus that of QLoRA r=16, nats per token", ha="right", size=SMALL
         )

@@ -15,7 +15,9 @@ from benchmarks.finetune.results import Results, median_of
 from benchmarks.finetune.tables import before_training, memory_sentence
 from benchmarks.finetune.titles import base_name, budget_title, method_title
 from peft_autoqra.markdown import markdown_table
+from peft_autoqra.memory_estimate import MemoryEstimate, MemoryScope
 
+_STORED_3, _STORED_2_5 = "stored:qlora-3bit-r16", "stored:qlora-2.5bit-r16"
 ROWS: tuple[tuple[str, str | None], ...] = (
     ("lora-r16", None),
     ("qlora-r16", None),
@@ -33,9 +35,21 @@ ROWS: tuple[tuple[str, str | None], ...] = (
     ("autoqra", FULL_BUDGET),
     ("uniform", LESS_BUDGET),
     ("autoqra", LESS_BUDGET),
+    ("uniform", _STORED_3),
+    ("sequential", _STORED_3),
+    ("autoqra", _STORED_3),
+    ("uniform", _STORED_2_5),
+    ("sequential", _STORED_2_5),
+    ("autoqra", _STORED_2_5),
 )
 NOTHING = "Nothing is recorded yet."
-_PLACES = {None: "", FULL_BUDGET: ", QLoRA's memory", LESS_BUDGET: ", 75% of it"}
+_PLACES = {
+    None: "",
+    FULL_BUDGET: ", QLoRA's memory",
+    LESS_BUDGET: ", 75% of it",
+    _STORED_3: ", stored as 3-bit QLoRA",
+    _STORED_2_5: ", stored as 2.5-bit QLoRA",
+}
 WIDTH = 120
 _CLAIMS_LEGEND = (
     '"Yes" and "no": the 95% interval over seeds and examples leaves no other answer. Memory: what QLoRA r=16 takes '
@@ -78,23 +92,27 @@ def known_rows(results: Results) -> list[tuple[str, str | None]]:
 
 def _main_table(results: Results) -> str:
     known = known_rows(results)
-    header = ["method", "training memory, MB", "bits, rank", *results.tasks, "accuracy", "before training"]
+    header = ["method", "MB in training, stored", "bits, rank", *results.tasks, "accuracy", "before training"]
     return markdown_table(header, [_main_row(results, *row) for row in known])
 
 
 def _main_row(results: Results, method: str, budget: str | None) -> list[str]:
     cells = results.runs_of_all_tasks(method, budget)
     records = [record for runs in cells for record in runs.records]
-    sizes = [record.memory.measured.total_bytes for record in records if record.memory is not None]
+    sizes = [record.memory.measured for record in records if record.memory is not None]
     before = before_training(results, records)
     return [
         f"{method_title(method)}{_PLACES[budget]}",
-        megabytes(statistics.median(sizes) if sizes else None),
+        f"{_megabytes(sizes, 'training')}, {_megabytes(sizes, 'stored')}",
         f"{plain(median_of(r.mean_bits for r in records), 1)}, {plain(median_of(r.mean_rank for r in records), 0)}",
         *(_loss_cell(results, task, method, budget) for task in results.tasks),
         " / ".join(_accuracy(results, task, method, budget) for task in results.tasks),
         plain(before, 2),
     ]
+
+
+def _megabytes(sizes: Sequence[MemoryEstimate], scope: MemoryScope) -> str:
+    return megabytes(statistics.median(size.in_scope(scope) for size in sizes) if sizes else None)
 
 
 def _loss_cell(results: Results, task: str, method: str, budget: str | None) -> str:
@@ -116,7 +134,8 @@ def _legend(results: Results) -> str:
     text = (
         f"{', '.join(results.tasks)}: held-out loss minus that of QLoRA r=16, nats per token (below 0 is better), "
         "median over seeds, in brackets 95% over seeds and held-out examples; then the share closed of its gap "
-        "to 16-bit LoRA, whose intervals the guide has. Bits and rank: medians over tasks of a plan's means. "
+        "to 16-bit LoRA, whose intervals the guide has. Memory: all that training holds beside activations, and what "
+        "of it is stored, weights and adapters. Bits and rank: medians over tasks of a plan's means. "
         "Accuracy: in the order of these tasks. Before training: search and calibration, in QLoRA "
         "fine-tunes by the clock."
     )

@@ -52,7 +52,7 @@ def budget_title(budget: str) -> str:
     if found := QLORA.fullmatch(text):
         text = f"{found['bits']}-bit QLoRA" + ("" if found["rank"] == "16" else f" r={found['rank']}")
         text = f"{float(found['factor']):.0%} of {text}" if found["factor"] else text
-    return f"{text}, stored" if budget.startswith(STORED_PREFIX) else text
+    return f"stored {text}" if budget.startswith(STORED_PREFIX) else text
 
 
 def cell_title(method: str, budget: str | None) -> str:

@@ -97,7 +97,7 @@ def test_the_readme_has_losses_gaps_memory_and_accuracy(root):
     records = all_records()
     readme, _ = sections(root, records)
     (ours,) = rows(readme, "this package, QLoRA's memory")
-    assert ours[1:3] == ["190.0", "4.0, 16"]
+    assert ours[1:3] == ["190.0, 160.0", "4.0, 16"]  # stored: without gradients and optimizer states
     for column, task in ((3, "reviews"), (4, "quartz")):
         own = mean_losses(records, "autoqra", task, BUDGET)
         low, high = (mean_losses(records, method, task) for method in ("qlora-r16", "lora-r16"))
@@ -121,6 +121,19 @@ def test_the_readme_has_losses_gaps_memory_and_accuracy(root):
         "32 runs, 3 seeds a cell; a CPU, 1 thread a run; Python 3.11.2, torch 2.13.0, peft 0.21.2; 2026-11-22" in said
     )
     assert max(map(len, (line for line in readme.splitlines() if not line.startswith(("|", "!"))))) <= 120
+
+
+def test_the_readme_has_what_is_stored_too(root):
+    records = all_records() + cell("autoqra", 2.57, budget=STORED, memory=memory(230_000_000, 200_000_000))
+    records += cell("uniform", 2.9, budget=STORED, memory=memory(220_000_000, 200_000_000))
+    readme, _ = sections(root, records)
+    (theirs,), (ours,) = (
+        rows(readme, f"{name}, stored as 3-bit QLoRA") for name in ("uniform, calibrated", "this package")
+    )
+    assert (theirs[1], ours[1]) == ("220.0, 190.0", "230.0, 200.0")
+    assert ours[3].startswith("\N{MINUS SIGN}0.0")
+    assert ours[4] == MISSING
+    assert rows(readme, 'better than "uniform')[0][1:] == ["yes: stored 3-bit QLoRA", MISSING]
 
 
 def test_what_is_not_there_is_a_dash_and_said_so(root):
@@ -167,7 +180,7 @@ def test_the_guide_has_every_cell(root):
         guide, "this package, within 4-bit QLoRA"
     )
     assert ["QLoRA r=16", "reviews", "3.100", "2.600", "0.002"] in rows(guide, "QLoRA r=16")
-    assert rows(guide, "uniform, calibrated, within 3-bit QLoRA, stored")
+    assert rows(guide, "uniform, calibrated, within stored 3-bit QLoRA")
     (rival,) = [
         row
         for row in rows(guide, "reviews")
@@ -280,7 +293,7 @@ def test_all_that_is_configured_has_a_title(path):
         ("0.75*qlora-4bit-r16", "75% of 4-bit QLoRA"),
         ("qlora-2.5bit-r16", "2.5-bit QLoRA"),
         ("qlora-4bit-r64", "4-bit QLoRA r=64"),
-        ("stored:qlora-3bit-r16", "3-bit QLoRA, stored"),
+        ("stored:qlora-3bit-r16", "stored 3-bit QLoRA"),
         ("6GB", "6GB"),
     ],
 )
