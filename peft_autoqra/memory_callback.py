@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -56,11 +55,9 @@ class MemoryBudgetCallback(TrainerCallback):  # type: ignore[misc]
         self._is_logged = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Let the device count its peak anew. Where a checkpoint leaves no step, its log has what was counted."""
+        """Let the device count its peak anew."""
         if args.device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(args.device)
-        if state.global_step >= state.max_steps and (logged := _logged_memory(state)) is not None:
-            self.measured, self._is_logged = logged, True
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,15 +97,6 @@ def _plan_of(trainer: Trainer) -> BitRankPlan:
             "give the trainer peft_config=AutoQRAConfig(...)."
         )
     return plans[0]
-
-
-def _logged_memory(state: TrainerState) -> MemoryEstimate | None:
-    """The last one, from before a checkpoint."""
-    names = [field.name for field in fields(MemoryEstimate)]
-    for entry in reversed(state.log_history):
-        if all(f"memory/{name}" in entry for name in names):
-            return MemoryEstimate(**{name: entry[f"memory/{name}"] for name in names})
-    return None
 
 
 def _checked_budget(budget: int | MemoryBudget) -> MemoryBudget:

@@ -42,7 +42,7 @@ class PortableTrainer(SFTTrainer):  # type: ignore[misc]
         return bool(self.accelerator.is_fsdp2)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing where a checkpoint is of the last step already: transformers would take one more."""
+        """Do nothing where the checkpoint is of the last step already: transformers would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return

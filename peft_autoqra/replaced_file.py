@@ -82,5 +82,5 @@ def stored(path: Path) -> Iterator[None]:
 
 
 _README = "README.md"
-_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error")
 """Of the messages of ``torch.save``, which has no error of its own for a disk that is full."""

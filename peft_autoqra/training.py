@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig
 
 from peft_autoqra.checkpoints import (
@@ -104,7 +105,7 @@ class FineTuneResult:
 
     Attributes:
         eval_loss: on the held-out data after training, as the trainer computes it.
-        train_loss: mean over the steps since it was started or went on.
+        train_loss: mean over the steps since it was started or went on; None where none was left.
         num_steps: optimizer steps that were taken.
         train_seconds: of the training loop, since then.
         estimated: bytes by part as foretold; None where the optimizer's states are not known.
@@ -116,7 +117,7 @@ class FineTuneResult:
     """
 
     eval_loss: float
-    train_loss: float
+    train_loss: float | None
     num_steps: int
     train_seconds: float
     estimated: MemoryEstimate | None
@@ -221,9 +222,7 @@ class FineTune:
         train_seconds = time.perf_counter() - start
         result = FineTuneResult(
             eval_loss=float(trainer.evaluate()["eval_loss"]),
-            train_loss=statistics.fmean(
-                gather_object([float(output.training_loss)])
-            ),  # the trainer's is this process's
+            train_loss=self._train_loss(output),
             num_steps=int(output.global_step),
             train_seconds=train_seconds,
             estimated=self.estimated,
@@ -232,7 +231,7 @@ class FineTune:
             num_processes=self.distribution.num_processes,
             strategy=self.distribution.strategy,
         )
-        if not (math.isfinite(result.eval_loss) and math.isfinite(result.train_loss)):
+        if not (math.isfinite(result.eval_loss) and math.isfinite(result.train_loss or 0.0)):
             raise TrainingDivergedError(
                 f"The held-out loss is {result.eval_loss} after {result.num_steps} steps (while training: "
                 f"{result.train_loss}), so the adapter is not saved. Lower learning_rate={args.learning_rate}, or "
@@ -261,6 +260,11 @@ class FineTune:
     def is_main_process(self) -> bool:
         """Whether this process writes and prints."""
         return bool(self.trainer.is_world_process_zero())
+
+    def _train_loss(self, output: TrainOutput) -> float | None:
+        losses = gather_object([float(output.training_loss)])  # the trainer's is this process's
+        took_a_step = self._memory.measured is not None
+        return statistics.fmean(losses) if took_a_step else None
 
     def _measured(self) -> MemoryEstimate | None:
         measured: list[MemoryEstimate | None] = gather_object([self._memory.measured])

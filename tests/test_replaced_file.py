@@ -66,6 +66,11 @@ def test_a_full_disk_is_one_error_whoever_writes(tmp_path, write):
     assert names(tmp_path) == ["file"]
 
 
+def test_a_stream_that_torch_cannot_flush_is_a_full_disk(tmp_path):
+    with pytest.raises(StorageError, match=r"iostream error.*free disk space"), stored(tmp_path):
+        raise RuntimeError("basic_ios::clear: iostream error")  # which byte the disk ends at decides the words
+
+
 def test_other_errors_pass(tmp_path):
     for error in (RuntimeError("shapes"), InvalidPlanError("bits"), ValueError("x")):
         with pytest.raises(type(error)) as found, stored(tmp_path):

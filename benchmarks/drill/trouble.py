@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -163,8 +164,10 @@ def _search_defect(job: SearchJob, ended: Ended, kinds: list[str]) -> str | None
     told_kinds = [kind for error, kind in zip(errors, kinds, strict=False) if _EXPECTED[kind] in error]
     if len(errors) != len(kinds) or len(told_kinds) != len(kinds):
         return f"trials failed by {errors}, they were disturbed by {kinds}"
-    if ended.is_clear_error and "failed" in ended.last_line:  # none was left at the last fidelity
-        return None
+    if ended.is_clear_error and (refused := re.search(r"No trial of (\d+) steps succeeded", ended.last_line)):
+        of_last_fidelity = [r["result"] for r in records if r["kind"] == "trial" and _steps(r) == int(refused[1])]
+        succeeded = [result for result in of_last_fidelity if result["status"] == "completed"]
+        return f"{len(succeeded)} trials of it succeeded, but: {ended.last_line}" if succeeded else None
     if ended.code:
         return f"exit status {ended.code}: {ended.output[-600:]}"
     winner = json.loads((job.folder / "search_result.json").read_text())["winner"]
@@ -172,6 +175,10 @@ def _search_defect(job: SearchJob, ended: Ended, kinds: list[str]) -> str | None
         return f"the winner failed: {winner}"
     BitRankPlan.from_pretrained(job.folder / "plan")
     return None
+
+
+def _steps(record: Mapping[str, Any]) -> int:
+    return int(record["fidelity"]["num_steps"])
 
 
 def _resumed_defect(processes: Processes, job: SearchJob, command: Command, ended: Ended, seed: str) -> str | None:

@@ -47,12 +47,13 @@ _PLACES = {
     None: "",
     FULL_BUDGET: ", QLoRA's memory",
     LESS_BUDGET: ", 75% of it",
-    _STORED_3: ", stored as 3-bit QLoRA",
-    _STORED_2_5: ", stored as 2.5-bit QLoRA",
+    _STORED_3: ", stored size of 3-bit QLoRA",
+    _STORED_2_5: ", stored size of 2.5-bit QLoRA",
 }
 WIDTH = 120
 _CLAIMS_LEGEND = (
-    '"Yes" and "no": the 95% interval over seeds and examples leaves no other answer. Memory: what QLoRA r=16 takes '
+    '"Yes" and "no": the 95% interval over seeds and examples leaves no other answer. "Not shown": it '
+    "leaves another, both chose the same plan, or there is one seed only. Memory: what QLoRA r=16 takes "
     "with that many bits while training, or as stored."
 )
 
@@ -92,7 +93,7 @@ def known_rows(results: Results) -> list[tuple[str, str | None]]:
 
 def _main_table(results: Results) -> str:
     known = known_rows(results)
-    header = ["method", "MB in training, stored", "bits, rank", *results.tasks, "accuracy", "before training"]
+    header = ["method", "MB: training, stored", "bits, rank", *results.tasks, "accuracy", "before training"]
     return markdown_table(header, [_main_row(results, *row) for row in known])
 
 

@@ -164,11 +164,17 @@ def result_text(finetune: FineTune, result: FineTuneResult) -> str:
             "Activations are not counted. Measured: the bytes of all tensors at the first optimizer step"
             + _IN_PROCESSES[result.strategy].format(result.num_processes),
             "",
-            f"{result.num_steps} steps in {format_seconds(result.train_seconds)}; loss while training "
-            f"{result.train_loss:.4f}, held-out loss {result.eval_loss:.4f}.",
+            f"{_told_training(result)}, held-out loss {result.eval_loss:.4f}.",
             f"adapter  {result.output_dir}",
         ]
     )
+
+
+def _told_training(result: FineTuneResult) -> str:
+    if result.train_loss is None:
+        return f"{result.num_steps} steps, all before this start"
+    seconds = format_seconds(result.train_seconds)
+    return f"{result.num_steps} steps in {seconds}; loss while training {result.train_loss:.4f}"
 
 
 def _head(finetune: FineTune) -> list[str]:

@@ -128,7 +128,7 @@ def test_the_readme_has_what_is_stored_too(root):
     records += cell("uniform", 2.9, budget=STORED, memory=memory(220_000_000, 200_000_000))
     readme, _ = sections(root, records)
     (theirs,), (ours,) = (
-        rows(readme, f"{name}, stored as 3-bit QLoRA") for name in ("uniform, calibrated", "this package")
+        rows(readme, f"{name}, stored size of 3-bit QLoRA") for name in ("uniform, calibrated", "this package")
     )
     assert (theirs[1], ours[1]) == ("220.0, 190.0", "230.0, 200.0")
     assert ours[3].startswith("\N{MINUS SIGN}0.0")
