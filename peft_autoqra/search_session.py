@@ -103,7 +103,7 @@ class SearchSession:
         """The answer.
 
         Raises:
-            SearchStateError: every trial at the last fidelity failed.
+            SearchStateError: nothing was run at the last fidelity yet, or every plan failed there with some seed.
         """
         decision = self.engine.decision()
         if decision is None:
@@ -113,7 +113,7 @@ class SearchSession:
                     f"No trial of {self.ladder.final.num_steps} steps was run yet; give the search more max_seconds."
                 )
             raise SearchStateError(
-                f"No trial of {self.ladder.final.num_steps} steps succeeded: {errors}. Mend the "
+                f"No plan came through all its trials of {self.ladder.final.num_steps} steps: {errors}. Mend the "
                 f"cause, then use another output_dir or delete {self.log.path}, which remembers the failures; "
                 "calibration is kept."
             )

@@ -203,5 +203,5 @@ def test_all_failed_names_the_causes(open_session):
     while not session.is_done:
         for trial in session.ask():
             session.tell(trial, TrialResult(status=TrialStatus.FAILED, seconds=0.0, error="no luck"))
-    with pytest.raises(SearchStateError, match=r"No trial of 8 steps succeeded: \{'no luck'\}"):
+    with pytest.raises(SearchStateError, match=r"No plan came through all its trials of 8 steps: \{'no luck'\}"):
         session.decision()

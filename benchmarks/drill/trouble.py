@@ -7,7 +7,7 @@ import random
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,9 @@ def _search_defect(job: SearchJob, ended: Ended, kinds: list[str]) -> str | None
     told_kinds = [kind for error, kind in zip(errors, kinds, strict=False) if _EXPECTED[kind] in error]
     if len(errors) != len(kinds) or len(told_kinds) != len(kinds):
         return f"trials failed by {errors}, they were disturbed by {kinds}"
-    if ended.is_clear_error and (refused := re.search(r"No trial of (\d+) steps succeeded", ended.last_line)):
-        of_last_fidelity = [r["result"] for r in records if r["kind"] == "trial" and _steps(r) == int(refused[1])]
-        succeeded = [result for result in of_last_fidelity if result["status"] == "completed"]
-        return f"{len(succeeded)} trials of it succeeded, but: {ended.last_line}" if succeeded else None
+    if ended.is_clear_error and (refused := re.search(r"came through all its trials of (\d+) steps", ended.last_line)):
+        healthy = _healthy_plans([record for record in records if record["kind"] == "trial"], int(refused[1]))
+        return f"{len(healthy)} plans did not fail, but: {ended.last_line}" if healthy else None
     if ended.code:
         return f"exit status {ended.code}: {ended.output[-600:]}"
     winner = json.loads((job.folder / "search_result.json").read_text())["winner"]
@@ -177,8 +176,14 @@ def _search_defect(job: SearchJob, ended: Ended, kinds: list[str]) -> str | None
     return None
 
 
-def _steps(record: Mapping[str, Any]) -> int:
-    return int(record["fidelity"]["num_steps"])
+def _healthy_plans(trials: Iterable[Mapping[str, Any]], num_steps: int) -> list[str]:
+    """Those that completed every trial of so many steps, as JSON."""
+    statuses: dict[str, set[str]] = {}
+    for trial in trials:
+        if trial["fidelity"]["num_steps"] == num_steps:
+            plan = json.dumps(trial["plan"]["layers"], sort_keys=True)
+            statuses.setdefault(plan, set()).add(trial["result"]["status"])
+    return [plan for plan, found in statuses.items() if found == {"completed"}]
 
 
 def _resumed_defect(processes: Processes, job: SearchJob, command: Command, ended: Ended, seed: str) -> str | None:
