@@ -14,8 +14,6 @@ from benchmarks.finetune.plan_method import PlanMethod
 
 SHORT_COST = 3.0
 """Of searches, where the fine-tune is so short that calibration costs more than one."""
-GENEROUS_COST = 10.0
-"""Of the published search: more trials, of the same fidelities."""
 
 _ALLOCATORS: tuple[Allocator, ...] = (
     AutoQRA(),
@@ -25,7 +23,6 @@ _ALLOCATORS: tuple[Allocator, ...] = (
     AutoQRAAllocation(),
     Published(),
     Published(max_cost=SHORT_COST),
-    Published(max_cost=GENEROUS_COST),
     Sequential(),
     AutoRound(),
     Uniform(),
